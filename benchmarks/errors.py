@@ -1,0 +1,26 @@
+"""The two errors that a user of the benchmarks may see; each is one clear line."""
+
+
+class InputError(Exception):
+    """The user's input is wrong. The message is one line: what was wrong, where, and what to do next."""
+
+
+class Blocked(Exception):
+    """A job cannot run for a reason outside it, for example because a dataset is not there.
+
+    The message is one line that names the reason. `looked_in` says where what is missing was looked for and
+    `how_to_get` how to get it; both are shown in a suite's closing summary.
+    """
+
+    def __init__(self, reason: str, *, looked_in: str = "", how_to_get: str = ""):
+        super().__init__(reason)
+        self.looked_in = looked_in
+        self.how_to_get = how_to_get
+
+    def __reduce__(self):
+        # The default would drop the keyword arguments, and the error has to travel between processes.
+        return _rebuild_blocked, (str(self), self.looked_in, self.how_to_get)
+
+
+def _rebuild_blocked(reason: str, looked_in: str, how_to_get: str) -> Blocked:
+    return Blocked(reason, looked_in=looked_in, how_to_get=how_to_get)
