@@ -1,0 +1,312 @@
+"""What both tasks share around mmengine's Runner: seeded data, safe checkpoints, exact resumption, progress.
+
+An interrupted training that goes on from its last checkpoint ends with the same weights as one that was never
+interrupted: the data of step n depend on the seed and n alone (`NumberedSampler`, `SeededDataset`), and the state of
+the generator that dropout and drop path use travels in the checkpoint (`ResumeHook`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+
+from benchmarks.errors import InputError
+from benchmarks.job import Job
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a job may read and write, and whom it tells."""
+
+    output: Path  # the suite's output folder
+    data_root: Path  # the folder that holds the datasets
+    progress: Callable[[dict[str, Any]], None] = lambda state: None  # {"fraction": 0..1, "text": "loss 1.2"}
+    report: Callable[[str], None] = lambda message: None  # one line that the user should see
+
+    def folder(self, key: str) -> Path:
+        """The folder of one job's logs, checkpoints and weights; made if it is not there."""
+        folder = self.output / "jobs" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@dataclass
+class Outcome:
+    """What a job measured; it becomes a record of the ledger."""
+
+    metrics: dict[str, float]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)  # name -> path relative to the output folder
+    notes: list[str] = field(default_factory=list)
+
+
+class NumberedSampler(InfiniteSampler):
+    """mmengine's InfiniteSampler that yields `(number, index)`: the draw's number in the stream and what was drawn."""
+
+    def _infinite_indices(self) -> Iterator[tuple[int, int]]:
+        return enumerate(super()._infinite_indices())
+
+
+class SeededDataset(Dataset):
+    """Augments draw `(number, index)` of `dataset` with random generators that depend on `seed` and `number` alone.
+
+    The generators of Python, NumPy and PyTorch are put back afterwards, so that data and model do not disturb each
+    other: the model's drop path is the same whatever the augmentation draws.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+        self.metainfo = getattr(dataset, "metainfo", {})
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: tuple[int, int]) -> Any:
+        number, index = draw
+        with seeded(self.seed, number):
+            return self.dataset[index]
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seeds Python's, NumPy's and PyTorch's (CPU) generators from `entropy` within the block only."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))  # noqa: NPY002 - mmsegmentation's transforms draw from this generator
+    torch.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+class AtomicBackend(LocalBackend):
+    """Local files that are there in full or not at all: a kill while writing leaves the file of before."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        write_atomically(Path(filepath), obj)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that any reader, at any moment and after any crash, sees the old content or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint_safely(filename: str, map_location: Any = None, logger: Any = None) -> dict[str, Any]:
+    """torch.load that never unpickles: mmengine's own loader falls back to doing so."""
+    return torch.load(filename, map_location=map_location, weights_only=True)
+
+
+def install_engine() -> None:
+    """Makes mmengine write checkpoints atomically and read them without unpickling (idempotent, per process)."""
+    register_backend("atomic", AtomicBackend, force=True)
+    CheckpointLoader.register_scheme(prefixes="", loader=load_checkpoint_safely, force=True)
+
+
+class ResumeHook(Hook):
+    """Puts the generators' state into each checkpoint and takes it out again at the first step after a resumption."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint["generators"] = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        # The smoothed history of the log holds objects that could only be read back by unpickling.
+        checkpoint["message_hub"]["log_scalars"] = {}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self._state = checkpoint.get("generators")
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self._state is not None:
+            torch.set_rng_state(self._state["cpu"].cpu())
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([state.cpu() for state in self._state["cuda"]])
+            self._state = None
+
+
+class ProgressHook(Hook):
+    """Tells the context how far a training or an evaluation is; refuses to go on with a loss that is not a number."""
+
+    priority = "VERY_LOW"
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        loss = float(outputs["loss"])
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} at iteration {batch_idx + 1}; lower the learning rate")
+        self.context.progress({"fraction": (batch_idx + 1) / runner.max_iters, "text": f"loss {loss:.3f}"})
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.context.progress({"fraction": (batch_idx + 1) / len(runner.val_dataloader), "text": "evaluating"})
+
+
+def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings: Any) -> Runner:
+    """An mmengine Runner with the suite's hooks. `settings` are Runner's own: data loaders, loops, evaluators."""
+    from mmengine.logging import MMLogger, MessageHub
+    from mmengine.visualization import Visualizer
+
+    install_engine()
+    # mmengine keeps these by name for the life of the process; a second job must not find those of the first.
+    for kept in (MMLogger, MessageHub, Visualizer):
+        kept._instance_dict.clear()
+    recipe = job.recipe
+    hooks: dict[str, Any] = {
+        "timer": {"type": "IterTimerHook"},
+        "logger": {"type": "LoggerHook", "interval": max(1, min(50, recipe.iterations // 20)), "log_metric_by_epoch": False},
+        "param_scheduler": {"type": "ParamSchedulerHook"},
+        "sampler_seed": None,
+        "runtime_info": {"type": "RuntimeInfoHook"},
+        "checkpoint": None,
+    }
+    if job.stage == "train":
+        hooks["checkpoint"] = {
+            "type": "CheckpointHook",
+            "interval": recipe.checkpoint_every,
+            "by_epoch": False,
+            "save_last": False,  # the finished weights are written by `train`
+            "max_keep_ckpts": 2,  # mmengine removes the oldest before it writes the next
+            "backend_args": {"backend": "atomic"},
+        }
+    return Runner(
+        model=model,
+        work_dir=str(context.folder(job.key)),
+        default_hooks=hooks,
+        custom_hooks=[ResumeHook(), ProgressHook(context)],
+        default_scope="mmseg",
+        randomness={"seed": job.seed},
+        experiment_name=job.key,
+        log_processor={"by_epoch": False},
+        env_cfg={"cudnn_benchmark": False},
+        **settings,
+    )
+
+
+def param_scheduler(job: Job) -> list[dict[str, Any]]:
+    """mmengine's schedulers for the recipe: linear warm-up, then a polynomial or cosine decay, both per iteration."""
+    recipe = job.recipe
+    warmup, total = recipe.warmup_iterations, recipe.iterations
+    if warmup >= total:
+        raise InputError(f"recipe: {warmup} warm-up iterations do not fit into {total} iterations")
+    decay: dict[str, Any] = {"eta_min": recipe.minimum_learning_rate, "begin": warmup, "end": total, "by_epoch": False}
+    if recipe.schedule == "poly":
+        decay |= {"type": "PolyLR", "power": 1.0}
+    elif recipe.schedule == "cosine":
+        decay |= {"type": "CosineAnnealingLR", "T_max": total - warmup}
+    else:
+        raise InputError(f"recipe: schedule '{recipe.schedule}' is not known; choose poly or cosine")
+    if not warmup:
+        return [decay]
+    return [{"type": "LinearLR", "start_factor": 1e-3, "begin": 0, "end": warmup, "by_epoch": False}, decay]
+
+
+def optim_wrapper(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """mmengine's optimizer wrapper: gradient clipping, and automatic mixed precision where the job asks for it."""
+    clip = job.recipe.clip_gradient_norm
+    return {
+        "type": "AmpOptimWrapper" if job.precision == "amp" else "OptimWrapper",
+        "optimizer": optimizer,
+        "clip_grad": None if clip is None else {"max_norm": clip},
+    }
+
+
+def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in `folder` that can be read; a damaged one is reported by name and set aside."""
+    found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
+    for path in found:
+        try:
+            load_checkpoint_safely(str(path), map_location="cpu")
+            return path
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+            aside = path.with_suffix(".damaged")
+            os.replace(path, aside)
+            report(f"the checkpoint {path} is damaged: set aside as {aside.name}")
+    return None
+
+
+def train(job: Job, context: Context, runner_for: Callable[[str | None], Runner]) -> Outcome:
+    """Trains from the newest checkpoint, or from the start, and keeps the finished weights as safetensors.
+
+    `runner_for(checkpoint)` builds the task's Runner, resuming from `checkpoint` if it is given.
+    """
+    folder = context.folder(job.key)
+    checkpoint = newest_checkpoint(folder, context.report)
+    runner = runner_for(None if checkpoint is None else str(checkpoint))
+    runner.train()
+    loss = float(runner.message_hub.get_scalar("train/loss").mean(window_size=20))
+    digest = save_weights(runner.model, folder / WEIGHTS)
+    for path in folder.glob("iter_*.pth"):  # hundreds of MB each, and of no more use
+        path.unlink()
+    return Outcome(
+        metrics={"final_loss": loss, "iterations": job.recipe.iterations},
+        details={"weights_sha256": digest, "resumed_from": None if checkpoint is None else checkpoint.name},
+        artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}"},
+        notes=["final_loss is the mean of the last 20 iterations"],
+    )
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> str:
+    """Writes a model's state as safetensors, atomically; returns the file's SHA-256."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
+        digest = sha256(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Loads what `save_weights` wrote; every key must match."""
+    model.load_state_dict(load_file(path))
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_are_intact(output: Path, artifacts: Mapping[str, str], details: Mapping[str, Any]) -> bool:
+    """Whether the weights of a finished training are still the file that its record speaks of."""
+    path = output / artifacts.get("weights", "")
+    return path.is_file() and sha256(path) == details.get("weights_sha256")

@@ -1,0 +1,116 @@
+"""What is to be measured: recipes, jobs and their content-addressed keys. Pure data: importing this is cheap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+STAGES = ("cost", "speed", "train", "evaluate")
+TASKS = ("classification", "segmentation")
+HEADS = ("segformer",)
+PRECISIONS = ("float32", "amp")
+
+# Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
+METHOD_VERSION = {"cost": 1, "speed": 1, "train": 1, "evaluate": 1}
+
+
+@dataclass
+class Recipe:
+    """How a model is trained. Learning rates are those at `batch_size` images per step, over all devices."""
+
+    iterations: int = 160_000
+    batch_size: int = 16
+    optimizer: str = "adamw"  # a name that timm.optim.create_optimizer_v2 knows
+    learning_rate: float = 6e-5
+    weight_decay: float = 0.01  # not applied to norms, biases and what the model's no_weight_decay() names
+    warmup_iterations: int = 1500  # linear, from a thousandth of the learning rate
+    schedule: str = "poly"  # "poly" (power 1) or "cosine", both to `minimum_learning_rate`
+    minimum_learning_rate: float = 0.0
+    head_learning_rate_multiplier: float = 1.0  # segmentation: the decode head learns so much faster
+    clip_gradient_norm: float | None = None
+    label_smoothing: float = 0.0  # classification
+    drop_path_rate: float | None = None  # None: the model's own default
+    augmentation: dict[str, Any] = field(default_factory=dict)  # see benchmarks.classification and .segmentation
+    checkpoint_every: int = 2000  # iterations
+    # Both are part of a job's key: the order of floating-point sums, and so the metric, depends on the threads.
+    threads: int = 1  # CPU threads of a training or evaluation
+    workers: int = 0  # data-loading processes
+
+
+@dataclass
+class SpeedSettings:
+    """How latency is measured (benchmarks.speed)."""
+
+    batch_size: int = 1
+    repeats: int = 20
+    warmup: int = 3
+    train_step: bool = True
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement. Its `key` is a digest of all that decides the outcome, and of nothing else."""
+
+    stage: str
+    task: str
+    label: str  # the model's name in the suite, shown in tables
+    model: str  # the name that zoo.create_model knows
+    input_size: tuple[int, int]  # height, width in pixels
+    num_classes: int
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    head: str | None = None
+    head_config: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "float32"
+    seed: int = 0
+    data: str | None = None
+    data_version: int = 0
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    speed: SpeedSettings | None = None
+    depends_on: tuple[str, ...] = ()  # keys of the jobs that must be done before
+
+    def content(self) -> dict[str, Any]:
+        """All that decides the outcome, as plain JSON data (what a stage does not use is left out)."""
+        content: dict[str, Any] = {
+            "method": METHOD_VERSION[self.stage],
+            "stage": self.stage,
+            "task": self.task,
+            "label": self.label,
+            "model": self.model,
+            "model_config": dict(self.model_config),
+            "head": self.head,
+            "head_config": dict(self.head_config),
+            "input_size": list(self.input_size),
+            "num_classes": self.num_classes,
+        }
+        if self.stage == "speed":
+            content["speed"] = asdict(self.speed)
+        if self.stage in ("train", "evaluate"):
+            content |= {
+                "precision": self.precision,
+                "seed": self.seed,
+                "data": self.data,
+                "data_version": self.data_version,
+                "data_options": dict(self.data_options),
+                "recipe": asdict(self.recipe),
+                "depends_on": list(self.depends_on),
+            }
+        return json.loads(json.dumps(content, sort_keys=True))
+
+    @cached_property
+    def key(self) -> str:
+        """File name of the job's record: readable in front, 16 hexadecimal digits of its content's SHA-256 behind."""
+        digest = hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]
+        parts = [self.stage, self.task[:3], self.label, *([self.head] if self.head else []), digest]
+        return "-".join("".join(c if c.isalnum() or c in "_." else "_" for c in part) for part in parts)
+
+    @property
+    def title(self) -> str:
+        """A line for people: what is done to which model."""
+        head = f" + {self.head}" if self.head else ""
+        return f"{self.stage} {self.label}{head} ({self.task})"
