@@ -1,0 +1,124 @@
+"""What every dataset is: its classes, its folders, how many files it should hold, and how to get it."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from benchmarks.errors import InputError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset as the measurements see it. Folders are relative to the folder that `prepare` returns.
+
+    Classification data lie in ImageNet's layout (`<split>/<class name>/<image>`), segmentation data in ADE20K's
+    (`images/<split>/<name>.jpg` beside `annotations/<split>/<name>.png`, one byte per pixel).
+    """
+
+    name: str
+    task: str  # "classification" or "segmentation"
+    version: int  # of our generator, or of the published release
+    num_classes: int  # background included, where it is a class
+    class_names: Callable[[], tuple[str, ...]] = field(repr=False)  # called late: some names live in mmsegmentation
+    background: str | None  # the trivial class of a segmentation, None where there is none
+    reduce_zero_label: bool  # label 0 means "ignore", classes start at 1 (mmsegmentation's meaning)
+    train_images: str
+    validation_images: str
+    train_annotations: str | None
+    validation_annotations: str | None
+    train_count: int | None  # images expected; None where the options decide
+    validation_count: int | None
+    generated: bool  # made here on first use, nothing to download
+    source: str  # how to get it
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their labels."""
+        return self.class_names()
+
+
+def _digits() -> tuple[str, ...]:
+    return tuple("0123456789")
+
+
+def _background_and_digits() -> tuple[str, ...]:
+    return ("background", *_digits())
+
+
+def _ade20k_names() -> tuple[str, ...]:
+    from mmseg.utils import get_classes  # seconds to import
+
+    return tuple(name.strip() for name in get_classes("ade20k"))
+
+
+_SEGMENTATION_FOLDERS = {
+    "train_images": "images/training",
+    "validation_images": "images/validation",
+    "train_annotations": "annotations/training",
+    "validation_annotations": "annotations/validation",
+}
+_SCANS = "made on first use from the 1,797 scanned digits that scikit-learn brings; nothing to download"
+
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset(
+            name="digit_scenes_classification",
+            task="classification",
+            version=1,
+            num_classes=10,
+            class_names=_digits,
+            background=None,
+            reduce_zero_label=False,
+            train_images="train",
+            validation_images="validation",
+            train_annotations=None,
+            validation_annotations=None,
+            train_count=None,
+            validation_count=None,
+            generated=True,
+            source=_SCANS,
+        ),
+        Dataset(
+            name="digit_scenes_segmentation",
+            task="segmentation",
+            version=1,
+            num_classes=11,
+            class_names=_background_and_digits,
+            background="background",
+            reduce_zero_label=False,
+            **_SEGMENTATION_FOLDERS,
+            train_count=None,
+            validation_count=None,
+            generated=True,
+            source=_SCANS,
+        ),
+        Dataset(
+            name="ade20k",
+            task="segmentation",
+            version=2016,
+            num_classes=150,
+            class_names=_ade20k_names,
+            background=None,
+            reduce_zero_label=True,
+            **_SEGMENTATION_FOLDERS,
+            train_count=20_210,
+            validation_count=2_000,
+            generated=False,
+            source="download ADEChallengeData2016.zip (about 1 GB) from "
+            "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip and unpack it into the data folder",
+        ),
+    )
+}
+
+
+def describe(name: str) -> Dataset:
+    """The dataset called `name`.
+
+    Raises:
+        InputError: there is none of that name; the message lists the nearest ones.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4) or list(DATASETS)
+        raise InputError(f"unknown dataset '{name}'; did you mean {' or '.join(near)}?")
+    return DATASETS[name]

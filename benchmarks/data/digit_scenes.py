@@ -1,0 +1,223 @@
+"""Digit scenes: real scanned digits, small on a larger textured canvas; two tasks, deterministic, made in seconds.
+
+The digits are scikit-learn's bundled copy of the "Optical Recognition of Handwritten Digits" test set (1,797 scans of
+8 x 8 pixels, UCI Machine Learning Repository). They are split into training and validation scans first, so that no scan
+is in both. Every image has its own random stream, keyed by seed, split and index.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The knobs that both tasks share; pairs are (smallest, largest) of a uniform draw."""
+
+    canvas: int  # side of the square image, pixels
+    train: int  # images
+    validation: int  # images
+    digit_size: tuple[float, float]  # side of a digit's 8 x 8 scan on the canvas, pixels
+    contrast: tuple[float, float]  # ink against the canvas's mean brightness, of the full range
+    rotation: float = 10.0  # largest turn of a digit either way, degrees
+    tint: float = 0.12  # standard deviation of the ink's and the canvas's colour around grey, of the full range
+    texture: float = 0.07  # standard deviation of the smooth multi-scale noise, of the full range
+    gradient: float = 0.15  # largest brightness step from one edge of the canvas to the other, of the full range
+    validation_scans: float = 0.2  # share of the scans that only validation images use
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClassificationOptions(_Options):
+    """One digit per image."""
+
+    canvas: int = 64
+    train: int = 4000
+    validation: int = 500
+    digit_size: tuple[float, float] = (24.0, 32.0)
+    contrast: tuple[float, float] = (0.3, 0.55)
+
+
+@dataclass(frozen=True)
+class SegmentationOptions(_Options):
+    """Several digits per image, later ones over earlier ones."""
+
+    canvas: int = 96
+    train: int = 1500
+    validation: int = 200
+    digit_size: tuple[float, float] = (20.0, 48.0)
+    contrast: tuple[float, float] = (0.25, 0.55)
+    digits: tuple[int, int] = (2, 5)  # per image
+    jpeg_quality: int = 95
+
+
+OPTIONS = {
+    "digit_scenes_classification": ClassificationOptions,
+    "digit_scenes_segmentation": SegmentationOptions,
+}
+
+
+def read_options(name: str, given: Mapping[str, Any]) -> ClassificationOptions | SegmentationOptions:
+    """The options of digit-scenes dataset `name`, `given` over the defaults; lists count as pairs.
+
+    Raises:
+        InputError: an option is unknown, of the wrong type or out of its range.
+    """
+    defaults = OPTIONS[name]()
+    known = dataclasses.asdict(defaults)
+    values = {}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3) or sorted(known)
+            raise InputError(f"{name} has no option '{key}'; did you mean {' or '.join(near)}?")
+        values[key] = _like(known[key], value, f"{name}: option {key}={value!r}")
+    options = dataclasses.replace(defaults, **values)
+    _check(name, options)
+    return options
+
+
+def _like(default: Any, value: Any, what: str) -> Any:
+    """`value` with the type of `default`."""
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise InputError(f"{what} should be a pair (smallest, largest) like {list(default)}")
+        return tuple(_like(one, other, what) for one, other in zip(default, value, strict=True))
+    accepted = int if isinstance(default, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise InputError(f"{what} should be {'an integer' if isinstance(default, int) else 'a number'} like {default}")
+    return type(default)(value)
+
+
+def _check(name: str, options: _Options) -> None:
+    for key, value in dataclasses.asdict(options).items():
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not 0 <= low <= high:
+            raise InputError(f"{name}: option {key}={value} should not be negative, nor its smallest above its largest")
+    if options.digit_size[1] > options.canvas:
+        raise InputError(f"{name}: digit_size up to {options.digit_size[1]:g} does not fit canvas={options.canvas}")
+    # Every class needs an image (and a scan) in both splits, or its accuracy or IoU would be undefined.
+    if options.canvas < 8 or options.digit_size[0] < 4 or min(options.train, options.validation) < 10:
+        raise InputError(f"{name}: needs canvas >= 8, digit_size >= 4, and train and validation >= 10 images")
+    if not 0.01 <= options.validation_scans <= 0.9:
+        raise InputError(f"{name}: validation_scans={options.validation_scans} should lie between 0.01 and 0.9")
+
+
+def files(options: ClassificationOptions | SegmentationOptions) -> Iterator[tuple[str, bytes]]:
+    """Every file of the dataset as (path relative to its folder, content); PNG for labels and for classification.
+
+    Segmentation labels are 0 for the background and 1 to 10 for the digits 0 to 9.
+    """
+    import numpy as np
+
+    scans = _split_scans(options)
+    segmentation = isinstance(options, SegmentationOptions)
+    for split, count in ((0, options.train), (1, options.validation)):
+        for index in range(count):
+            rng = np.random.default_rng((options.seed, split, index))
+            if segmentation:
+                number = rng.integers(options.digits[0], options.digits[1], endpoint=True)
+                # The first digit cycles through the classes, so that even a small dataset holds them all.
+                digits = [index % 10, *rng.integers(0, 10, size=max(number - 1, 0)).tolist()][:number]
+                image, label = _scene(options, rng, [(digit, _draw(scans[split][digit], rng)) for digit in digits])
+                folder, stem = ("training", "validation")[split], f"scene_{index:06d}"
+                yield f"images/{folder}/{stem}.jpg", _encode(".jpg", image, options.jpeg_quality)
+                yield f"annotations/{folder}/{stem}.png", _encode(".png", label)
+            else:
+                digit = index % 10
+                own = scans[split][digit]
+                image, _ = _scene(options, rng, [(digit, own[index // 10 % len(own)])])
+                yield f"{('train', 'validation')[split]}/{digit}/scene_{index:06d}.png", _encode(".png", image)
+
+
+def _split_scans(options: _Options) -> "tuple[list[np.ndarray], list[np.ndarray]]":
+    """The scans, ink from 0 to 1, as [split][digit] -> (scans, 8, 8)."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    indices = np.arange(len(digits.target))
+    splits = train_test_split(
+        indices, test_size=options.validation_scans, stratify=digits.target, random_state=options.seed
+    )
+    ink = (digits.images / 16).astype(np.float32)
+    return tuple([ink[split[digits.target[split] == digit]] for digit in range(10)] for split in splits)
+
+
+def _draw(scans: "np.ndarray", rng: "np.random.Generator") -> "np.ndarray":
+    return scans[rng.integers(len(scans))]
+
+
+def _scene(
+    options: _Options, rng: "np.random.Generator", digits: "list[tuple[int, np.ndarray]]"
+) -> "tuple[np.ndarray, np.ndarray]":
+    """Image (canvas, canvas, 3) and label (canvas, canvas), both uint8; later digits lie over earlier ones."""
+    import numpy as np
+
+    brightness = rng.uniform(0.3, 0.7)
+    image = _texture(options, rng) + brightness + _tint(options, rng)
+    label = np.zeros((options.canvas, options.canvas), dtype=np.uint8)
+    for digit, scan in digits:
+        cover = _place(options, rng, scan)
+        contrast = rng.uniform(*options.contrast)
+        # Both signs where both fit into the range, else the one that fits.
+        signs = [sign for sign in (-1, 1) if 0 <= brightness + sign * contrast <= 1] or [1 if brightness < 0.5 else -1]
+        ink = brightness + signs[rng.integers(len(signs))] * contrast + _tint(options, rng)
+        image += cover[..., None] * (ink - image)
+        label[cover > 0.5] = digit + 1  # the upper digit wins where it hides more than half
+    return np.rint(image.clip(0, 1) * 255).astype(np.uint8), label
+
+
+def _place(options: _Options, rng: "np.random.Generator", scan: "np.ndarray") -> "np.ndarray":
+    """The scan enlarged (bicubic), turned and put on the canvas: how much of each pixel the ink covers, 0 to 1."""
+    import cv2
+    import numpy as np
+
+    size = rng.uniform(*options.digit_size)
+    angle = np.deg2rad(rng.uniform(-options.rotation, options.rotation))
+    x, y = rng.uniform(size / 2, options.canvas - size / 2, size=2)
+    scale = size / 8
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    # Pixel centres lie at whole numbers: the scan's centre (3.5, 3.5) goes to (x - 0.5, y - 0.5).
+    shift = np.array([x - 0.5, y - 0.5]) - turn @ np.array([3.5, 3.5])
+    ink = cv2.warpAffine(scan, np.column_stack([turn, shift]), (options.canvas, options.canvas), flags=cv2.INTER_CUBIC)
+    return ((ink - 0.25) / 0.3).clip(0, 1)  # enlarging blurs the strokes: steepen their edges
+
+
+def _texture(options: _Options, rng: "np.random.Generator") -> "np.ndarray":
+    """Smooth noise of several scales and a slope, around 0: (canvas, canvas, 3)."""
+    import cv2
+    import numpy as np
+
+    noise = np.zeros((options.canvas, options.canvas, 3), dtype=np.float32)
+    for cell in (32, 16, 8, 4):  # pixels between two independent values
+        points = max(options.canvas // cell, 2)
+        grey = rng.standard_normal((points, points, 1), dtype=np.float32)
+        colour = rng.standard_normal((points, points, 3), dtype=np.float32)
+        noise += cv2.resize(0.9 * grey + 0.4 * colour, noise.shape[:2], interpolation=cv2.INTER_CUBIC)
+    noise *= options.texture / 2  # four scales of unit variance each
+    steps = np.linspace(-0.5, 0.5, options.canvas, dtype=np.float32)
+    down, right = rng.uniform(-options.gradient, options.gradient, size=2).astype(np.float32)
+    return noise + (down * steps[:, None] + right * steps)[..., None]
+
+
+def _tint(options: _Options, rng: "np.random.Generator") -> "np.ndarray":
+    """A colour offset that leaves the brightness alone: (3,)."""
+    import numpy as np
+
+    colour = rng.normal(0, options.tint, size=3).astype(np.float32)
+    return colour - colour.mean()
+
+
+def _encode(suffix: str, image: "np.ndarray", quality: int = 95) -> bytes:
+    import cv2
+
+    settings = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    return cv2.imencode(suffix, image, settings)[1].tobytes()
