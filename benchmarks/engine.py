@@ -91,7 +91,7 @@ class SeededDataset(Dataset):
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and PyTorch's (CPU) generators from `entropy` within the block only."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     words = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002 - mmsegmentation's transforms draw from this generator
@@ -181,7 +181,7 @@ class ProgressHook(Hook):
 
 def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings: Any) -> Runner:
     """An mmengine Runner with the suite's hooks. `settings` are Runner's own: data loaders, loops, evaluators."""
-    from mmengine.logging import MMLogger, MessageHub
+    from mmengine.logging import MessageHub, MMLogger
     from mmengine.visualization import Visualizer
 
     install_engine()
@@ -191,7 +191,11 @@ def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings:
     recipe = job.recipe
     hooks: dict[str, Any] = {
         "timer": {"type": "IterTimerHook"},
-        "logger": {"type": "LoggerHook", "interval": max(1, min(50, recipe.iterations // 20)), "log_metric_by_epoch": False},
+        "logger": {
+            "type": "LoggerHook",
+            "interval": max(1, min(50, recipe.iterations // 20)),
+            "log_metric_by_epoch": False,
+        },
         "param_scheduler": {"type": "ParamSchedulerHook"},
         "sampler_seed": None,
         "runtime_info": {"type": "RuntimeInfoHook"},

@@ -35,6 +35,7 @@ class Recipe:
     label_smoothing: float = 0.0  # classification
     drop_path_rate: float | None = None  # None: the model's own default
     augmentation: dict[str, Any] = field(default_factory=dict)  # see benchmarks.classification and .segmentation
+    evaluation: dict[str, Any] = field(default_factory=dict)  # likewise
     checkpoint_every: int = 2000  # iterations
     # Both are part of a job's key: the order of floating-point sums, and so the metric, depends on the threads.
     threads: int = 1  # CPU threads of a training or evaluation

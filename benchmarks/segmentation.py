@@ -1,0 +1,232 @@
+"""Semantic segmentation: any backbone of the zoo in mmsegmentation's EncoderDecoder, with its heads and transforms.
+
+`Recipe.augmentation` of a training: `resize` ([width, height], or null to keep the size), `ratio_range` of the random
+rescaling, `crop` (default: the job's input size), `maximum_class_share` of a crop, `flip` (probability),
+`photometric_distortion` (bool). `Recipe.evaluation`: `resize` ([width, height] that the image is fitted into, or null),
+`mode` ("whole" or "slide"), `stride` (of sliding windows of the input size).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.model import BaseModule
+from mmengine.runner import Runner
+from mmseg.datasets import ADE20KDataset, BaseSegDataset
+from mmseg.evaluation import IoUMetric
+from mmseg.models import EncoderDecoder
+
+import zoo
+from benchmarks import data
+from benchmarks.engine import (
+    Context,
+    NumberedSampler,
+    Outcome,
+    SeededDataset,
+    build_runner,
+    load_weights,
+    optim_wrapper,
+    param_scheduler,
+    train,
+)
+from benchmarks.errors import InputError
+from benchmarks.job import Job
+from benchmarks.optimizer import build_optimizer
+
+# ImageNet's statistics in units of 8-bit pixels, RGB.
+MEAN = [123.675, 116.28, 103.53]
+STD = [58.395, 57.12, 57.375]
+
+
+class ZooBackbone(BaseModule):
+    """A backbone of the zoo (or of timm) as mmsegmentation wants it: images (B, 3, H, W) in, a tuple of maps out."""
+
+    def __init__(self, name: str, **config: Any):
+        super().__init__()
+        self._is_init = True  # the zoo's weights stay
+        self.network = zoo.create_model(name, features_only=True, **config)
+        self.channels = list(self.network.feature_info.channels())
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.network(images))
+
+
+def build_model(job: Job) -> EncoderDecoder:
+    """The job's segmentor with fresh weights: backbone and head, no auxiliary head."""
+    config = dict(job.model_config)
+    if job.recipe is not None and job.recipe.drop_path_rate is not None:
+        config.setdefault("drop_path_rate", job.recipe.drop_path_rate)
+    config = {"type": ZooBackbone, "name": job.model, "img_size": job.input_size, **config}
+    channels = _channels(config)
+    evaluation = job.recipe.evaluation if job.recipe is not None else {}
+    test = {"mode": evaluation.get("mode", "whole")}
+    if test["mode"] == "slide":
+        test |= {"crop_size": job.input_size, "stride": tuple(evaluation["stride"])}
+    return EncoderDecoder(
+        backbone=config,
+        decode_head=_head(job, channels),
+        test_cfg=test,
+        data_preprocessor={
+            "type": "SegDataPreProcessor",
+            "mean": MEAN,
+            "std": STD,
+            "bgr_to_rgb": True,
+            "pad_val": 0,
+            "seg_pad_val": 255,
+            "size": _crop(job),
+            "test_cfg": {"size_divisor": 1},
+        },
+    )
+
+
+def _channels(config: dict[str, Any]) -> list[int]:
+    """Channels of the maps that the backbone of `config` gives; built once without weights to ask it."""
+    arguments = {key: value for key, value in config.items() if key != "type"}
+    with torch.device("meta"):
+        return ZooBackbone(**arguments).channels
+
+
+def _head(job: Job, channels: list[int]) -> dict[str, Any]:
+    """mmsegmentation's settings of the job's decode head."""
+    shared = {
+        "in_channels": channels,
+        "in_index": list(range(len(channels))),
+        "num_classes": job.num_classes,
+        "norm_cfg": {"type": "SyncBN" if torch.distributed.is_initialized() else "BN"},
+        "align_corners": False,
+        "loss_decode": {"type": "CrossEntropyLoss"},
+    }
+    if job.head == "segformer":  # Xie et al. 2021; 256 channels as for MiT-B0 and B1
+        return shared | {"type": "SegformerHead", "channels": 256, "dropout_ratio": 0.1} | dict(job.head_config)
+    raise InputError(f"head '{job.head}' is not known")
+
+
+def run_train(job: Job, context: Context) -> Outcome:
+    """Trains the job's segmentor from its newest checkpoint, or from fresh weights."""
+    root = data.prepare(job.data, context.data_root, job.data_options, context.report)
+
+    def runner_for(checkpoint: str | None) -> Runner:
+        model = build_model(job)
+        dataset = SeededDataset(_dataset(job, root, training=True), job.seed)
+        return build_runner(
+            job,
+            context,
+            model,
+            train_dataloader=_loader(job) | {"dataset": dataset, "sampler": NumberedSampler(dataset, seed=job.seed)},
+            train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
+            optim_wrapper=optim_wrapper(job, build_optimizer(job, model)),
+            param_scheduler=param_scheduler(job),
+            load_from=checkpoint,
+            resume=checkpoint is not None,
+        )
+
+    return train(job, context, runner_for)
+
+
+def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
+    """mIoU, mAcc and aAcc on the validation images, beside the mIoU of one class everywhere (the most frequent)."""
+    root = data.prepare(job.data, context.data_root, job.data_options, context.report)
+    model = build_model(job)
+    load_weights(model, weights)
+    dataset = _dataset(job, root, training=False)
+    runner = build_runner(
+        job,
+        context,
+        model,
+        # One image at a time: their sizes differ.
+        val_dataloader=_loader(job)
+        | {"batch_size": 1, "dataset": dataset, "sampler": {"type": "DefaultSampler", "shuffle": False}},
+        val_cfg={"type": "ValLoop"},
+        val_evaluator=[IoUMetric(iou_metrics=["mIoU"])],
+    )
+    metrics = {name: float(value) for name, value in runner.val().items()}
+    return Outcome(
+        metrics={**{name: metrics[name] for name in ("mIoU", "mAcc", "aAcc")}, "baseline_mIoU": _baseline(dataset)},
+        details={"images": len(dataset)},
+    )
+
+
+def _baseline(dataset: BaseSegDataset) -> float:
+    """mIoU, in percent, of painting every pixel with the most frequent class of `dataset`'s labels."""
+    classes = len(dataset.metainfo["classes"])
+    load = dataset.pipeline.transforms[-2]  # LoadAnnotations, just before the packing
+    counts = np.zeros(classes, dtype=np.int64)
+    for index in range(len(dataset)):
+        labels = load(dataset.get_data_info(index))["gt_seg_map"]
+        counts += np.bincount(labels[labels < classes], minlength=classes)
+    painted = torch.zeros(classes, dtype=torch.float64)
+    painted[counts.argmax()] = counts.sum()
+    labelled = torch.from_numpy(counts).double()
+    intersection = torch.minimum(painted, labelled)
+    metrics = IoUMetric.total_area_to_metrics(intersection, painted + labelled - intersection, painted, labelled)
+    return 100.0 * float(np.nanmean(metrics["IoU"]))
+
+
+def _dataset(job: Job, root: Path, training: bool) -> BaseSegDataset:
+    """mmsegmentation's dataset over ADE20K's folder layout, with the recipe's transforms."""
+    described = data.describe(job.data)
+    labels = {"type": "LoadAnnotations", "reduce_zero_label": described.reduce_zero_label}
+    augmentation, evaluation = job.recipe.augmentation, job.recipe.evaluation
+    if training:
+        pipeline: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}, labels]
+        if augmentation.get("resize"):
+            pipeline.append(
+                {
+                    "type": "RandomResize",
+                    "scale": tuple(augmentation["resize"]),
+                    "ratio_range": tuple(augmentation.get("ratio_range", (1.0, 1.0))),
+                    "keep_ratio": True,
+                }
+            )
+        pipeline.append(
+            {
+                "type": "RandomCrop",
+                "crop_size": _crop(job),
+                "cat_max_ratio": augmentation.get("maximum_class_share", 1.0),
+            }
+        )
+        if augmentation.get("flip"):
+            pipeline.append({"type": "RandomFlip", "prob": augmentation["flip"]})
+        if augmentation.get("photometric_distortion"):
+            pipeline.append({"type": "PhotoMetricDistortion"})
+    else:
+        pipeline = [{"type": "LoadImageFromFile"}]
+        if evaluation.get("resize"):
+            pipeline.append({"type": "Resize", "scale": tuple(evaluation["resize"]), "keep_ratio": True})
+        pipeline.append(labels)  # after the resizing: metrics are computed at the labels' own size
+    pipeline.append({"type": "PackSegInputs"})
+    split = described.training if training else described.validation
+    arguments: dict[str, Any] = {
+        "data_root": str(root),
+        "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
+        "pipeline": pipeline,
+        "test_mode": not training,
+    }
+    if job.data == "ade20k":
+        return ADE20KDataset(**arguments)
+    classes = described.classes
+    shades = np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()
+    return BaseSegDataset(
+        metainfo={"classes": classes, "palette": shades},
+        reduce_zero_label=described.reduce_zero_label,
+        img_suffix=".jpg",
+        seg_map_suffix=".png",
+        **arguments,
+    )
+
+
+def _loader(job: Job) -> dict[str, Any]:
+    return {
+        "batch_size": job.recipe.batch_size,
+        "num_workers": job.recipe.workers,
+        "persistent_workers": job.recipe.workers > 0,
+        "collate_fn": {"type": "pseudo_collate"},
+    }
+
+
+def _crop(job: Job) -> tuple[int, int]:
+    """Height and width of a training crop, pixels."""
+    return tuple((job.recipe.augmentation if job.recipe is not None else {}).get("crop", job.input_size))

@@ -1,0 +1,91 @@
+"""The command line's configuration, typed: Hydra checks every override against these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from benchmarks.job import Recipe, SpeedSettings
+
+
+class Executor(StrEnum):
+    """Where jobs run: in this process, one after the other, or as Ray tasks."""
+
+    inline = "inline"
+    ray = "ray"
+
+
+class Cluster(StrEnum):
+    """Which Ray: one of this run's own on this machine, or the running one that this machine is part of."""
+
+    local = "local"
+    auto = "auto"
+
+
+@dataclass
+class ModelEntry:
+    """One row of a suite's matrix; its key in the suite is the label that the tables show."""
+
+    name: str | None = None  # the name that zoo.create_model knows; null: the label itself
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the family's configuration
+    head: dict[str, Any] = field(default_factory=dict)  # settings of the decode head that differ from the default
+
+
+@dataclass
+class Benchmark:
+    """One task on one dataset for several models."""
+
+    task: str = MISSING  # classification or segmentation
+    data: str = MISSING
+    data_options: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None  # segmentation: the decode head
+    input_size: list[int] = MISSING  # height, width in pixels
+    models: dict[str, ModelEntry] = MISSING
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+@dataclass
+class Suite:
+    """What is compared with what: models x tasks x seeds x stages."""
+
+    name: str = MISSING
+    version: int = 1
+    title: str = MISSING
+    description: str = ""
+    stages: list[str] = field(default_factory=lambda: ["cost", "speed", "train", "evaluate", "report"])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    precision: str = "float32"
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
+    benchmarks: dict[str, Benchmark] = MISSING
+    # The metric that ranks each task, its direction and the gain over the trivial baseline, in points, that a trained
+    # model must show to count as having learnt.
+    metrics: dict[str, str] = field(default_factory=lambda: {"classification": "top1", "segmentation": "mIoU"})
+    must_gain: float = 10.0
+    expected: dict[str, Any] = field(default_factory=dict)  # for readers: approximate cost and scores
+
+
+@dataclass
+class Config:
+    """`python runners/run.py suite=NAME ...`"""
+
+    suite: Suite = MISSING
+    stages: list[str] | None = None  # null: the suite's
+    models: list[str] | None = None  # null: the suite's; other registered names are added to its benchmarks
+    seeds: list[int] | None = None  # null: the suite's
+    executor: Executor = Executor.ray
+    cluster: Cluster = Cluster.local
+    output: str = "runs/${suite.name}"
+    data_root: str = "data"
+    plan: bool = False  # print the jobs and run none
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra under the names that the files in runners/conf use."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="suite", name="schema", node=Suite)
+    store.store(group="recipe", name="schema", node=Recipe)
