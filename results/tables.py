@@ -1,0 +1,369 @@
+"""Comparison tables from records alone: CSV for machines, Markdown and LaTeX for papers, rich for the terminal."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .files import write_atomic
+from .record import METRICS, TASKS, Record
+from .rows import INTERVALS, METRIC, Cell, Row, join, join_cost, labels
+
+if TYPE_CHECKING:
+    import pandas
+    import rich.table
+
+KINDS = (*TASKS, "cost")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measured column: its name in a record, its heading, its unit, and how its numbers are scaled and compared."""
+
+    name: str
+    title: str
+    unit: str
+    scale: float = 1.0
+    best: str = ""  # "min", "max", or "" where no value is better than another
+    percent: bool = False
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title} ({self.unit})"
+
+
+_COST = (
+    Column("params", "Params", "M", 1e-6, "min"),
+    Column("macs", "MACs", "G", 1e-9, "min"),
+    Column("activations", "Activations", "M", 1e-6, "min"),
+)
+_SPEED = (
+    Column("latency_ms", "Latency", "ms", best="min"),
+    Column("throughput", "Throughput", "images/s", best="max"),
+    Column("peak_memory_mb", "Peak memory", "MB", best="min"),
+)
+_TRAIN_SPEED = (
+    Column("train_step_ms", "Training step", "ms", best="min"),
+    Column("train_peak_memory_mb", "Training memory", "MB", best="min"),
+)
+_SCORES = {
+    "classification": (
+        Column("top1", "Top-1", "%", best="max", percent=True),
+        Column("top5", "Top-5", "%", best="max", percent=True),
+        Column("baseline_top1", "Trivial top-1", "%", percent=True),
+    ),
+    "segmentation": (
+        Column("mIoU", "mIoU", "%", best="max", percent=True),
+        Column("mAcc", "mAcc", "%", best="max", percent=True),
+        Column("baseline_mIoU", "Trivial mIoU", "%", percent=True),
+    ),
+}
+COLUMNS = {task: (*_COST, *_SPEED, *_SCORES[task]) for task in TASKS} | {"cost": (*_COST, *_SPEED, *_TRAIN_SPEED)}
+_STAGES = {task: ("cost", "speed", "evaluate") for task in TASKS} | {"cost": ("cost", "speed")}
+CAPTIONS = {
+    "classification": "Image classification: cost, speed and accuracy",
+    "segmentation": "Semantic segmentation: cost, speed and mean intersection over union",
+    "cost": "Cost and speed of every model",
+}
+
+
+@dataclass(frozen=True)
+class Display:
+    """A table as a reader sees it: text, and which cells are the best of their column."""
+
+    caption: str
+    headings: list[str]
+    numeric: list[bool]  # by column: whether it holds numbers
+    cells: list[list[str]]
+    values: list[list[float | None]]  # the number behind a cell, None where there is none
+    best: list[list[bool]]
+    measured: list[list[bool]]  # False for a cell that shows a status instead of a number
+    footnotes: list[str]  # footnote n is referred to as [n]
+
+
+def rows_of(records: Sequence[Record], kind: str) -> list[Row]:
+    """The joined rows of "classification", "segmentation" or "cost" (both tasks, without metrics)."""
+    return join_cost(records) if kind == "cost" else join(records, kind)
+
+
+def format_number(column: Column, value: float) -> str:
+    """A number for people, in the column's unit: three significant digits, percentages with one decimal."""
+    value *= column.scale
+    if column.percent:
+        return f"{value:.1f}"
+    magnitude = abs(value)
+    return f"{value:,.0f}" if magnitude >= 1000 else f"{value:.{1 if magnitude >= 10 else 2 if magnitude >= 1 else 3}f}"
+
+
+def format_cell(column: Column, cell: Cell, interval: bool = True) -> str:
+    """A cell for people: the number with its interval or deviation, or its status where nothing was measured."""
+    if cell.value is None:
+        return cell.status
+    text = format_number(column, cell.value)
+    if cell.std is not None and column.percent:
+        text += f" ± {format_number(column, cell.std)} (n={cell.count})"
+    elif interval and cell.low is not None and cell.high is not None:
+        text += f" [{format_number(column, cell.low)}, {format_number(column, cell.high)}]"
+    return text
+
+
+def best_rows(column: Column, rows: Sequence[Row]) -> set[int]:
+    """The rows that hold the best value among rows of the same task and data; none where fewer than two have one."""
+    best: set[int] = set()
+    for group in {(row.task, row.data) for row in rows}:
+        members = [i for i, row in enumerate(rows) if (row.task, row.data) == group]
+        values = {i: value for i in members if (value := rows[i].cells[column.name].value) is not None}
+        if column.best and len(values) > 1:
+            winner = (min if column.best == "min" else max)(values.values())
+            best |= {i for i, value in values.items() if value == winner}
+    return best
+
+
+def frame(records: Sequence[Record], kind: str) -> "pandas.DataFrame":
+    """Full-precision numbers in base units (elements, ms, MB, percent); an unmeasured cell is empty, never zero.
+
+    `cost_status`, `speed_status`, `status` (of the evaluation) and `reason` say what an empty cell means.
+    """
+    import pandas
+
+    rows = rows_of(records, kind)
+    stages = _STAGES[kind]
+    data: dict[str, list] = {
+        "task": [row.task for row in rows],
+        "model": [row.model for row in rows],
+        "family": [row.family for row in rows],
+        "head": [row.head for row in rows],
+        "data": [row.data for row in rows],
+        "input_height": [row.input_size[0] for row in rows],
+        "input_width": [row.input_size[1] for row in rows],
+        "precision": [row.precision for row in rows],
+        "hardware": [row.hardware for row in rows],
+    }
+    if "evaluate" in stages:
+        data["seeds"] = [" ".join(map(str, row.seeds)) for row in rows]
+    for column in COLUMNS[kind]:
+        cells = [row.cells[column.name] for row in rows]
+        data[column.name] = [cell.value for cell in cells]
+        if column.name in INTERVALS:
+            data[f"{column.name}_low"] = [cell.low for cell in cells]
+            data[f"{column.name}_high"] = [cell.high for cell in cells]
+        if column.percent and not column.name.startswith("baseline"):
+            data[f"{column.name}_std"] = [cell.std for cell in cells]
+    for stage in stages:
+        data["status" if stage == "evaluate" else f"{stage}_status"] = [row.stages[stage].status for row in rows]
+    data["reason"] = ["; ".join(row.reasons(stages)) for row in rows]
+    data["notes"] = ["; ".join(row.notes) for row in rows]
+    # Whole numbers stay whole beside empty cells.
+    whole = {name: "Int64" for name in METRICS["cost"] if name in data and _whole(data[name])}
+    return pandas.DataFrame(data).astype(whole)
+
+
+def display(rows: Sequence[Row], kind: str) -> Display:
+    """The table for people. What is the same in all rows (precision, hardware, data) goes to the caption."""
+    columns = COLUMNS[kind]
+    texts: dict[str, list[str]] = {"Model": [row.model for row in rows], "Family": [row.family for row in rows]}
+    common: list[str] = []
+    attributes = {
+        "Task": [row.task for row in rows],
+        "Head": [row.head or "" for row in rows],
+        "Data": [row.data or "" for row in rows],
+        "Size": [row.size for row in rows],
+        "Precision": [row.precision for row in rows],
+        "Hardware": [row.hardware for row in rows],
+    }
+    for name, values in attributes.items():
+        if len(set(values)) > 1:
+            texts[name] = values
+        elif values and values[0] and name != "Task":
+            common.append(f"{name.lower()} {values[0]}")
+    footnotes: dict[str, int] = {}
+    cells, values, best, measured = [], [], [], []
+    winners = {column.name: best_rows(column, rows) for column in columns}
+    for index, row in enumerate(rows):
+        line = [column[index] for column in texts.values()]
+        known = len(line)
+        for column in columns:
+            cell = row.cells[column.name]
+            text = format_cell(column, cell)
+            if cell.value is None:
+                text += f" [{footnotes.setdefault(cell.reason, len(footnotes) + 1)}]"
+            line.append(text)
+        marks = [footnotes.setdefault(note, len(footnotes) + 1) for note in row.notes]
+        line[0] += "".join(f" [{mark}]" for mark in marks)
+        cells.append(line)
+        values.append([None] * known + [row.cells[column.name].value for column in columns])
+        best.append([False] * known + [index in winners[column.name] for column in columns])
+        measured.append([True] * known + [row.cells[column.name].value is not None for column in columns])
+    return Display(
+        caption=CAPTIONS[kind] + (f" ({', '.join(common)})" if common else ""),
+        headings=[*texts, *(column.heading for column in columns)],
+        numeric=[False] * len(texts) + [True] * len(columns),
+        cells=cells,
+        values=values,
+        best=best,
+        measured=measured,
+        footnotes=list(footnotes),
+    )
+
+
+def markdown(table: Display) -> str:
+    """A GitHub table with its caption and footnotes; the best value of a column is bold."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    body = [
+        [f"**{_escape_markdown(c)}**" if b else _escape_markdown(c) for c, b in zip(cells, best, strict=True)]
+        for cells, best in zip(table.cells, table.best, strict=True)
+    ]
+    lines = [_escape_markdown(table.caption) + ". Bold: the best of the column.", ""]
+    lines += [line([_escape_markdown(h) for h in table.headings])]
+    lines += [line(["---:" if numeric else "---" for numeric in table.numeric]), *map(line, body)]
+    if table.footnotes:
+        lines += ["", *(f"- \\[{n}\\] {_escape_markdown(text)}" for n, text in enumerate(table.footnotes, start=1))]
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: Display, label: str) -> str:
+    """A `table` environment (needs booktabs and graphicx) with caption and footnotes; the best of a column is bold."""
+    lines = [
+        "% Needs \\usepackage{booktabs} and \\usepackage{graphicx}.",
+        "\\begin{table}",
+        "  \\centering",
+        f"  \\caption{{{escape_latex(table.caption)}. Bold: the best of the column.}}",
+        f"  \\label{{tab:{label}}}",
+        "  \\resizebox{\\linewidth}{!}{%",
+        f"  \\begin{{tabular}}{{{''.join('r' if numeric else 'l' for numeric in table.numeric)}}}",
+        "    \\toprule",
+        "    " + " & ".join(map(escape_latex, table.headings)) + " \\\\",
+        "    \\midrule",
+    ]
+    for cells, best in zip(table.cells, table.best, strict=True):
+        texts = [escape_latex(cell) for cell in cells]
+        texts = [f"\\textbf{{{text}}}" if bold else text for text, bold in zip(texts, best, strict=True)]
+        lines.append("    " + " & ".join(texts) + " \\\\")
+    lines += ["    \\bottomrule", "  \\end{tabular}}"]
+    if table.footnotes:
+        notes = " \\\\ ".join(f"{{[}}{n}] {escape_latex(text)}" for n, text in enumerate(table.footnotes, start=1))
+        lines.append(f"  \\par\\smallskip\\raggedright\\footnotesize {notes}")
+    return "\n".join([*lines, "\\end{table}"]) + "\n"
+
+
+def write(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Write `<kind>.csv`, `.md` and `.tex` of every kind that has rows into `folder`. Returns the paths."""
+    written = []
+    for kind in KINDS:
+        rows = rows_of(records, kind)
+        if not rows:
+            continue
+        table = display(rows, kind)
+        contents = {
+            "csv": frame(records, kind).to_csv(index=False, lineterminator="\n"),
+            "md": markdown(table),
+            "tex": latex(table, kind),
+        }
+        for suffix, content in contents.items():
+            write_atomic(folder / f"{kind}.{suffix}", content)
+            written.append(folder / f"{kind}.{suffix}")
+    return written
+
+
+def closing_table(records: Sequence[Record]) -> "rich.table.Table":
+    """What a run ends with: every model of every task on one screen, 100 columns wide, best values marked."""
+    params, macs, _ = _COST
+    latency, _, memory = _SPEED
+    table = _terminal_table("Results", ["Params\nM", "MACs\nG", "Latency\nms", "Memory\nMB", "Score\n%", "Trivial\n%"])
+    footnotes: dict[str, None] = {}
+    for task in TASKS:
+        rows = join(records, task)
+        score, trivial = _SCORES[task][0], _SCORES[task][-1]
+        for data in dict.fromkeys(row.data for row in rows):
+            group = [row for row in rows if row.data == data]
+            subtitle = f"{task.capitalize()}, score is {score.title}" + (f"\non {data}" if data else "")
+            _add_section(table, subtitle, group, (params, macs, latency, memory, score, trivial), footnotes)
+    _add_footnotes(table, footnotes)
+    return table
+
+
+def cost_table(records: Sequence[Record]) -> "rich.table.Table":
+    """What a run begins with: parameters, multiply-accumulates and activations of every model, 100 columns wide."""
+    table = _terminal_table("Cost of one image", ["Params\nM", "MACs\nG", "Activations\nM"])
+    footnotes: dict[str, None] = {}
+    for task in TASKS:
+        rows = join_cost([record for record in records if record.task == task and record.stage == "cost"])
+        if rows:
+            _add_section(table, task.capitalize(), rows, _COST, footnotes)
+    _add_footnotes(table, footnotes)
+    return table
+
+
+def _terminal_table(title: str, headings: Sequence[str]) -> "rich.table.Table":
+    import rich.box
+    import rich.table
+
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.add_column("Model", overflow="fold", max_width=36)
+    table.add_column("Size", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _add_section(
+    table: "rich.table.Table", title: str, rows: Sequence[Row], columns: Sequence[Column], footnotes: dict[str, None]
+) -> None:
+    from rich.text import Text
+
+    table.add_row(Text(title, style="bold"))
+    winners = {column.name: best_rows(column, rows) for column in columns}
+    for index, (row, label) in enumerate(zip(rows, labels(rows), strict=True)):
+        if row.head and row.head not in label:
+            label += f" + {row.head}"
+        cells = [Text(label), Text(row.size)]
+        for column in columns:
+            cell = row.cells[column.name]
+            if cell.value is None:
+                footnotes.setdefault(f"{label}: {cell.reason}")
+                cells.append(Text(cell.status, style="red" if cell.status == "failed" else "yellow"))
+                continue
+            text = format_number(column, cell.value)
+            text += f" ±{format_number(column, cell.std)}" if cell.std is not None and column.percent else ""
+            # A mark as well as a style: colours are gone in a log file. The others keep its place free.
+            won = index in winners[column.name]
+            cells.append(Text(text + ("*" if won else " "), style="bold green" if won else ""))
+        table.add_row(*cells)
+    table.add_section()
+
+
+def _add_footnotes(table: "rich.table.Table", footnotes: dict[str, None], limit: int = 8) -> None:
+    from rich.text import Text
+
+    lines = ["* best of its group", *list(footnotes)[:limit]]
+    if len(footnotes) > limit:
+        lines.append(f"and {len(footnotes) - limit} more cells without a value; the report names them all")
+    table.caption = Text("\n".join(lines), style="dim")
+
+
+def _whole(values: Sequence[float | None]) -> bool:
+    return all(value is None or float(value).is_integer() for value in values)
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "±": "$\\pm$",
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it verbatim."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
