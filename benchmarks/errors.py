@@ -24,3 +24,9 @@ class Blocked(Exception):
 
 def _rebuild_blocked(reason: str, looked_in: str, how_to_get: str) -> Blocked:
     return Blocked(reason, looked_in=looked_in, how_to_get=how_to_get)
+
+
+def unsupported_size(model: str, input_size: tuple[int, ...], error: Exception) -> InputError:
+    """The error for a model that cannot take `input_size` (channels, height, width); `error` is what it raised."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(f"{model} cannot take an input of {'x'.join(map(str, input_size))}: {lines[0].strip()}")
