@@ -22,8 +22,10 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.visualization import Visualizer
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
@@ -181,13 +183,7 @@ class ProgressHook(Hook):
 
 def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings: Any) -> Runner:
     """An mmengine Runner with the suite's hooks. `settings` are Runner's own: data loaders, loops, evaluators."""
-    from mmengine.logging import MessageHub, MMLogger
-    from mmengine.visualization import Visualizer
-
     install_engine()
-    # mmengine keeps these by name for the life of the process; a second job must not find those of the first.
-    for kept in (MMLogger, MessageHub, Visualizer):
-        kept._instance_dict.clear()
     recipe = job.recipe
     hooks: dict[str, Any] = {
         "timer": {"type": "IterTimerHook"},
@@ -222,6 +218,16 @@ def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings:
         env_cfg={"cudnn_benchmark": False},
         **settings,
     )
+
+
+def forget_runners() -> None:
+    """Closes what mmengine keeps by name for the life of the process: a second job must not find that of the first."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+    for kept in (MMLogger, MessageHub, Visualizer):
+        kept._instance_dict.clear()
 
 
 def param_scheduler(job: Job) -> list[dict[str, Any]]:

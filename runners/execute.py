@@ -1,0 +1,160 @@
+"""One job, from its lock to its record. Both executors call `run_job`; it never raises for what a job does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from benchmarks.errors import Blocked, InputError
+from benchmarks.job import Job
+from results.files import write_atomic
+from results.ledger import Ledger
+from results.record import Record
+from runners.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the jobs of a run read and write; travels to the workers."""
+
+    output: Path
+    data_root: Path
+    command: str
+
+    @property
+    def ledger(self) -> Path:
+        return self.output / "ledger"
+
+    def progress(self, key: str) -> Path:
+        """The file in which a running job says how far it is."""
+        return self.output / "progress" / f"{key}.json"
+
+
+def run_job(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
+    """Runs a job that the ledger does not have yet, and writes its record.
+
+    A lock per job lets two runs of one suite share an output folder: the second waits, then finds the first one's
+    record. The lock is the operating system's and ends with the process, however that ends.
+
+    Returns:
+        The record, and one line for each thing that the user should know (damaged files and the like).
+    """
+    messages: list[str] = []
+    ledger = Ledger(workplace.ledger, messages.append)
+    tell = _Progress(workplace.progress(job.key))
+    locks = workplace.output / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / f"{job.key}.lock")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            tell({"fraction": 0.0, "text": "another run is at it; waiting"}, force=True)
+            lock.acquire()
+        record = ledger.get(job.key)
+        if record is None or record.status != "done":
+            tell({"fraction": 0.0, "text": "starting"}, force=True)
+            record = _measure(job, workplace, ledger, messages, tell)
+            ledger.put(record)
+        return record, messages
+    finally:
+        tell.end()
+        lock.release()
+
+
+def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str], tell: _Progress) -> Record:
+    from benchmarks.engine import Context
+    from benchmarks.measure import measure
+
+    context = Context(workplace.output, workplace.data_root, progress=tell, report=messages.append)
+    log = context.folder(job.key) / "log.txt"
+    started, clock = datetime.now(UTC), time.monotonic()
+    trained = ledger.get(job.depends_on[0]) if job.depends_on else None
+    with _into(log):
+        try:
+            outcome = measure(job, context, {} if trained is None else trained.artifacts)
+            status, reason = "done", None
+        except Exception as error:
+            traceback.print_exc()
+            outcome = None
+            status, reason = ("blocked" if isinstance(error, Blocked) else "failed"), explain(error)
+            details = {"looked_in": error.looked_in, "how_to_get": error.how_to_get} if status == "blocked" else {}
+    return make_record(
+        job,
+        status,
+        reason,
+        metrics=outcome.metrics if outcome else {},
+        samples=outcome.samples if outcome else {},
+        details=outcome.details if outcome else details,
+        artifacts=(outcome.artifacts if outcome else {}) | {"log": f"jobs/{job.key}/log.txt"},
+        notes=outcome.notes if outcome else [],
+        provenance=provenance(workplace.command, started.isoformat(timespec="seconds"), time.monotonic() - clock),
+    )
+
+
+def make_record(job: Job, status: str, reason: str | None, **measured: Any) -> Record:
+    """The ledger's record of a job."""
+    import zoo
+
+    return Record(
+        key=job.key,
+        status=status,
+        reason=reason,
+        stage=job.stage,
+        task=job.task,
+        model=job.label,
+        family=zoo.family(job.model),
+        head=job.head,
+        data=f"{job.data}@{job.data_version}" if job.data else None,
+        input_size=list(job.input_size),
+        precision=job.precision,
+        seed=job.seed,
+        job=job.content(),
+        **{"metrics": {}, "samples": {}, "details": {}, "artifacts": {}, "notes": [], "provenance": {}, **measured},
+    )
+
+
+def explain(error: BaseException) -> str:
+    """One line for a person: what an error means, without its traceback."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory: {text[:200]}; lower the batch size or the input size, or free memory"
+    if isinstance(error, Blocked | InputError | FloatingPointError):
+        return text
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+class _Progress:
+    """Writes a job's progress to a file, at most once a second."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.last = 0.0
+
+    def __call__(self, state: dict[str, Any], force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self.last >= 1.0:
+            self.last = now
+            write_atomic(self.path, json.dumps(state | {"time": time.time()}).encode())
+
+    def end(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _into(log: Path):
+    """Sends all that a job prints, warns of or logs into its log file."""
+    with (
+        open(log, "a", encoding="utf-8", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield

@@ -1,0 +1,124 @@
+"""A suite becomes a list of jobs. Nothing here needs torch: a plan is made in milliseconds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from benchmarks import data
+from benchmarks.errors import InputError
+from benchmarks.job import HEADS, PRECISIONS, STAGES, TASKS, Job
+from runners.config import Benchmark, Config, ModelEntry
+
+SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
+
+
+def choose(what: str, value: str, known: Iterable[str], where: str) -> str:
+    """`value` if it is among `known`; otherwise an InputError that names the near matches."""
+    known = sorted(known)
+    if value in known:
+        return value
+    near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+    raise InputError(f"{where}: unknown {what} '{value}'; {hint}")
+
+
+def stages_of(config: Config) -> list[str]:
+    """The stages of this run, in the order in which they happen."""
+    asked = config.suite.stages if config.stages is None else config.stages
+    for stage in asked:
+        choose("stage", stage, (*STAGES, "report"), "stages")
+    return [stage for stage in (*STAGES, "report") if stage in asked]
+
+
+def make_jobs(config: Config) -> list[Job]:
+    """All jobs of the run, those that others depend on first, without duplicates.
+
+    Evaluating a model implies training it: without the stage `train` no evaluation is planned.
+
+    Raises:
+        InputError: an unknown stage, task, head, dataset or precision, or an impossible size or number.
+    """
+    suite = config.suite
+    stages = stages_of(config)
+    choose("precision", suite.precision, PRECISIONS, f"suite {suite.name}")
+    if "evaluate" in stages and "train" not in stages:
+        raise InputError("stages: 'evaluate' needs 'train' (finished trainings are not repeated)")
+    jobs: dict[str, Job] = {}
+    for name, benchmark in suite.benchmarks.items():
+        where = f"suite {suite.name}, benchmark {name}"
+        _check(benchmark, where)
+        described = data.describe(benchmark.data)
+        if described.task != benchmark.task:
+            raise InputError(f"{where}: the dataset {benchmark.data} is for {described.task}, not {benchmark.task}")
+        for label, entry in _models(config, benchmark).items():
+            shared = {
+                "task": benchmark.task,
+                "label": label,
+                "model": entry.name or label,
+                "model_config": entry.config,
+                "head": benchmark.head,
+                "head_config": entry.head,
+                "input_size": tuple(benchmark.input_size),
+                "num_classes": described.num_classes,
+            }
+            training = {
+                "precision": suite.precision,
+                "data": benchmark.data,
+                "data_version": described.version,
+                "data_options": benchmark.data_options,
+                "recipe": benchmark.recipe,
+            }
+            chosen = []
+            if "cost" in stages:
+                chosen.append(Job(stage="cost", **shared))
+            if "speed" in stages:
+                chosen.append(Job(stage="speed", speed=suite.speed, **shared))
+            for seed in config.suite.seeds if config.seeds is None else config.seeds:
+                if "train" in stages:
+                    trained = Job(stage="train", seed=seed, **shared, **training)
+                    chosen.append(trained)
+                    if "evaluate" in stages:
+                        after = (trained.key,)
+                        chosen.append(Job(stage="evaluate", seed=seed, depends_on=after, **shared, **training))
+            jobs |= {job.key: job for job in chosen}
+    return sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
+
+
+def _models(config: Config, benchmark: Benchmark) -> dict[str, ModelEntry]:
+    """The benchmark's models, or those that `models=[...]` names; a registered name that it lacks is added to it."""
+    if config.models is None:
+        return benchmark.models
+    return {label: benchmark.models.get(label, ModelEntry()) for label in config.models}
+
+
+def _check(benchmark: Benchmark, where: str) -> None:
+    choose("task", benchmark.task, TASKS, where)
+    if benchmark.task == "segmentation":
+        choose("head", str(benchmark.head), HEADS, where)
+    elif benchmark.head is not None:
+        raise InputError(f"{where}: a classification has no head to choose, but head={benchmark.head}")
+    size = list(benchmark.input_size)
+    if len(size) != 2 or min(size) < SMALLEST_SIDE:
+        raise InputError(f"{where}: input_size {size} must be [height, width], each at least {SMALLEST_SIDE} pixels")
+    recipe = benchmark.recipe
+    for name in ("iterations", "batch_size", "checkpoint_every", "threads"):
+        if getattr(recipe, name) < 1:
+            raise InputError(f"{where}: recipe.{name} is {getattr(recipe, name)}; it must be at least 1")
+    if recipe.learning_rate <= 0:
+        raise InputError(f"{where}: recipe.learning_rate is {recipe.learning_rate}; it must be above 0")
+
+
+def check_models(config: Config, jobs: Sequence[Job]) -> None:
+    """Finds unknown models and configuration fields before anything runs.
+
+    Raises:
+        InputError: names the model or the field, with the near matches.
+    """
+    import zoo
+
+    for name, settings in {(job.model, tuple(sorted(job.model_config))): job.model_config for job in jobs}.items():
+        try:
+            zoo.check(name[0], settings)
+        except zoo.ZooError as error:
+            raise InputError(str(error)) from error
