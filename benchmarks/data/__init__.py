@@ -54,7 +54,7 @@ def check(name: str, root: Path, options: Mapping[str, Any] | None = None) -> tu
     _refuse_options(dataset, options)
     target = published.locate(dataset, root)
     problem = published.find_problem(dataset, target)
-    complete = f"{target}: {dataset.train_count:,} training and {dataset.validation_count:,} validation images"
+    complete = f"{target}: {dataset.training_count:,} training and {dataset.validation_count:,} validation images"
     return problem is None, problem or complete
 
 

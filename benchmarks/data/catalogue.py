@@ -9,10 +9,11 @@ from benchmarks.errors import InputError
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset as the measurements see it. Folders are relative to the folder that `prepare` returns.
+    """A dataset as the measurements see it. Folders lie below the one that `prepare` returns.
 
     Classification data lie in ImageNet's layout (`<split>/<class name>/<image>`), segmentation data in ADE20K's
-    (`images/<split>/<name>.jpg` beside `annotations/<split>/<name>.png`, one byte per pixel).
+    (`images/<split>/<name>.jpg` beside `annotations/<split>/<name>.png`, one byte per pixel). `training` and
+    `validation` are the names of the splits' folders.
     """
 
     name: str
@@ -22,11 +23,9 @@ class Dataset:
     class_names: Callable[[], tuple[str, ...]] = field(repr=False)  # called late: some names live in mmsegmentation
     background: str | None  # the trivial class of a segmentation, None where there is none
     reduce_zero_label: bool  # label 0 means "ignore", classes start at 1 (mmsegmentation's meaning)
-    train_images: str
-    validation_images: str
-    train_annotations: str | None
-    validation_annotations: str | None
-    train_count: int | None  # images expected; None where the options decide
+    training: str
+    validation: str
+    training_count: int | None  # images expected; None where the options decide
     validation_count: int | None
     generated: bool  # made here on first use, nothing to download
     source: str  # how to get it
@@ -51,12 +50,6 @@ def _ade20k_names() -> tuple[str, ...]:
     return tuple(name.strip() for name in get_classes("ade20k"))
 
 
-_SEGMENTATION_FOLDERS = {
-    "train_images": "images/training",
-    "validation_images": "images/validation",
-    "train_annotations": "annotations/training",
-    "validation_annotations": "annotations/validation",
-}
 _SCANS = "made on first use from the 1,797 scanned digits that scikit-learn brings; nothing to download"
 
 DATASETS = {
@@ -70,11 +63,9 @@ DATASETS = {
             class_names=_digits,
             background=None,
             reduce_zero_label=False,
-            train_images="train",
-            validation_images="validation",
-            train_annotations=None,
-            validation_annotations=None,
-            train_count=None,
+            training="train",
+            validation="validation",
+            training_count=None,
             validation_count=None,
             generated=True,
             source=_SCANS,
@@ -87,8 +78,9 @@ DATASETS = {
             class_names=_background_and_digits,
             background="background",
             reduce_zero_label=False,
-            **_SEGMENTATION_FOLDERS,
-            train_count=None,
+            training="training",
+            validation="validation",
+            training_count=None,
             validation_count=None,
             generated=True,
             source=_SCANS,
@@ -101,8 +93,9 @@ DATASETS = {
             class_names=_ade20k_names,
             background=None,
             reduce_zero_label=True,
-            **_SEGMENTATION_FOLDERS,
-            train_count=20_210,
+            training="training",
+            validation="validation",
+            training_count=20_210,
             validation_count=2_000,
             generated=False,
             source="download ADEChallengeData2016.zip (about 1 GB) from "

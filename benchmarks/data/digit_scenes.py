@@ -219,5 +219,5 @@ def _tint(options: _Options, rng: "np.random.Generator") -> "np.ndarray":
 def _encode(suffix: str, image: "np.ndarray", quality: int = 95) -> bytes:
     import cv2
 
-    settings = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    settings = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
     return cv2.imencode(suffix, image, settings)[1].tobytes()

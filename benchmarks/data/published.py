@@ -1,7 +1,6 @@
 """Published segmentation datasets: is everything where it should be?"""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.data.catalogue import Dataset
@@ -19,25 +18,18 @@ def find_problem(dataset: Dataset, folder: Path) -> str | None:
     """What keeps the dataset in `folder` from being used, in one line; None when it is complete."""
     if not folder.is_dir():
         return _missing(folder.parent, folder.name)
-    pairs = (
-        (dataset.train_images, dataset.train_annotations, dataset.train_count),
-        (dataset.validation_images, dataset.validation_annotations, dataset.validation_count),
-    )
-    for images_folder, annotations_folder, count in pairs:
-        for relative in (images_folder, annotations_folder):
-            if not (folder / relative).is_dir():
-                return _missing(folder, relative)
-        images = _stems(folder / images_folder, ".jpg")
-        annotations = _stems(folder / annotations_folder, ".png")
-        problem = _compare(f"{folder / images_folder}", images, f"{folder / annotations_folder}", annotations, count)
+    for split, count in ((dataset.training, dataset.training_count), (dataset.validation, dataset.validation_count)):
+        for kind in ("images", "annotations"):
+            if not (folder / kind / split).is_dir():
+                return _missing(folder / kind, split)
+        problem = _compare(folder / "images" / split, folder / "annotations" / split, count)
         if problem:
             return problem
     return None
 
 
-def _compare(
-    images_folder: str, images: Mapping[str, int], annotations_folder: str, annotations: Mapping[str, int], count: int
-) -> str | None:
+def _compare(images_folder: Path, annotations_folder: Path, count: int) -> str | None:
+    images, annotations = _sizes(images_folder, ".jpg"), _sizes(annotations_folder, ".png")
     if not images:
         return f"{images_folder} holds no .jpg image, expected are {count:,}"
     if without := sorted(images.keys() - annotations.keys()):
@@ -53,17 +45,18 @@ def _compare(
 
 
 def _missing(parent: Path, name: str) -> str:
+    expected = parent / name
     if not parent.is_dir():
-        return f"expected the folder {parent / name}, but {parent} does not exist"
-    there = sorted(path.name for path in parent.iterdir())
-    return f"expected the folder {parent / name}; {parent} holds {_first(there) if there else 'nothing'}"
+        return f"expected the folder {expected}, but {parent} does not exist"
+    there = sorted(path.name for path in parent.iterdir() if not path.name.startswith("."))
+    return f"expected the folder {expected}; {parent} holds {_first(there) if there else 'nothing'}"
 
 
 def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _stems(folder: Path, suffix: str) -> dict[str, int]:
+def _sizes(folder: Path, suffix: str) -> dict[str, int]:
     """File name without suffix -> bytes."""
     with os.scandir(folder) as entries:
         return {
