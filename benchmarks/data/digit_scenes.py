@@ -165,30 +165,36 @@ def _scene(
     image = _texture(options, rng) + brightness + _tint(options, rng)
     label = np.zeros((options.canvas, options.canvas), dtype=np.uint8)
     for digit, scan in digits:
-        cover = _place(options, rng, scan)
+        box, cover = _place(options, rng, scan)
         contrast = rng.uniform(*options.contrast)
         # Both signs where both fit into the range, else the one that fits.
         signs = [sign for sign in (-1, 1) if 0 <= brightness + sign * contrast <= 1] or [1 if brightness < 0.5 else -1]
         ink = brightness + signs[rng.integers(len(signs))] * contrast + _tint(options, rng)
-        image += cover[..., None] * (ink - image)
-        label[cover > 0.5] = digit + 1  # the upper digit wins where it hides more than half
+        image[box] += cover[..., None] * (ink - image[box])
+        label[box][cover > 0.5] = digit + 1  # the upper digit wins where it hides more than half
     return np.rint(image.clip(0, 1) * 255).astype(np.uint8), label
 
 
-def _place(options: _Options, rng: "np.random.Generator", scan: "np.ndarray") -> "np.ndarray":
-    """The scan enlarged (bicubic), turned and put on the canvas: how much of each pixel the ink covers, 0 to 1."""
+def _place(
+    options: _Options, rng: "np.random.Generator", scan: "np.ndarray"
+) -> "tuple[tuple[slice, slice], np.ndarray]":
+    """Enlarges (bicubic), turns and moves the scan: a box of the canvas, and how far ink covers its pixels, 0 to 1."""
     import cv2
     import numpy as np
 
     size = rng.uniform(*options.digit_size)
     angle = np.deg2rad(rng.uniform(-options.rotation, options.rotation))
-    x, y = rng.uniform(size / 2, options.canvas - size / 2, size=2)
-    scale = size / 8
-    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    # Pixel centres lie at whole numbers: the scan's centre (3.5, 3.5) goes to (x - 0.5, y - 0.5).
-    shift = np.array([x - 0.5, y - 0.5]) - turn @ np.array([3.5, 3.5])
-    ink = cv2.warpAffine(scan, np.column_stack([turn, shift]), (options.canvas, options.canvas), flags=cv2.INTER_CUBIC)
-    return ((ink - 0.25) / 0.3).clip(0, 1)  # enlarging blurs the strokes: steepen their edges
+    centre = rng.uniform(size / 2, options.canvas - size / 2, size=2)  # x, y
+    cos, sin = np.cos(angle), np.sin(angle)
+    reach = size / 2 * (abs(cos) + abs(sin)) + size / 8  # of the turned square, and of the bicubic kernel
+    left, top = np.floor(centre - reach).astype(int).clip(0, options.canvas)
+    right, bottom = np.ceil(centre + reach).astype(int).clip(0, options.canvas)
+    turn = size / 8 * np.array([[cos, -sin], [sin, cos]])
+    # Pixel centres lie at whole numbers: the scan's centre (3.5, 3.5) goes to the place half a pixel before `centre`.
+    shift = centre - 0.5 - (left, top) - turn @ (3.5, 3.5)
+    ink = cv2.warpAffine(scan, np.column_stack([turn, shift]), (right - left, bottom - top), flags=cv2.INTER_CUBIC)
+    # Enlarging blurs the strokes: steepen their edges.
+    return (slice(top, bottom), slice(left, right)), ((ink - 0.25) / 0.3).clip(0, 1)
 
 
 def _texture(options: _Options, rng: "np.random.Generator") -> "np.ndarray":
@@ -196,12 +202,13 @@ def _texture(options: _Options, rng: "np.random.Generator") -> "np.ndarray":
     import cv2
     import numpy as np
 
-    noise = np.zeros((options.canvas, options.canvas, 3), dtype=np.float32)
-    for cell in (32, 16, 8, 4):  # pixels between two independent values
-        points = max(options.canvas // cell, 2)
+    noise = np.zeros((1, 1, 3), dtype=np.float32)
+    for cell in (32, 16, 8, 4):  # pixels between two independent values, coarse to fine
+        points = max(options.canvas // cell, 1)
         grey = rng.standard_normal((points, points, 1), dtype=np.float32)
         colour = rng.standard_normal((points, points, 3), dtype=np.float32)
-        noise += cv2.resize(0.9 * grey + 0.4 * colour, noise.shape[:2], interpolation=cv2.INTER_CUBIC)
+        noise = cv2.resize(noise, (points, points), interpolation=cv2.INTER_CUBIC) + 0.9 * grey + 0.4 * colour
+    noise = cv2.resize(noise, (options.canvas, options.canvas), interpolation=cv2.INTER_CUBIC)
     noise *= options.texture / 2  # four scales of unit variance each
     steps = np.linspace(-0.5, 0.5, options.canvas, dtype=np.float32)
     down, right = rng.uniform(-options.gradient, options.gradient, size=2).astype(np.float32)
