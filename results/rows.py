@@ -224,17 +224,13 @@ def _cell(name: str, records: Sequence[Record], stage: Cell) -> Cell:
         return stage
     done = [record.metrics for record in records if record.done and name in record.metrics]
     if not done:
-        return Cell(NOT_RUN, reason=f"{name} is not in the record of the {STAGE_NOUN[_stage_of(name)]}")
+        return Cell(NOT_RUN, reason=f"{name} was not measured by the {STAGE_NOUN[records[0].stage]} job")
     values = [metrics[name] for metrics in done]
     bounds: dict[str, Any] = {}
     if name in INTERVALS and all(f"{name}_low" in m and f"{name}_high" in m for m in done):
         bounds = {"low": min(m[f"{name}_low"] for m in done), "high": max(m[f"{name}_high"] for m in done)}
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Cell("done", value=statistics.fmean(values), std=deviation, count=len(values), **bounds)
-
-
-def _stage_of(name: str) -> str:
-    return next(stage.split("/")[0] for stage, names in METRICS.items() if name in names)
 
 
 def _note_recipes(rows: Sequence[Row], settings: Sequence[tuple]) -> None:

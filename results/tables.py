@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .files import write_atomic
 from .record import METRICS, TASKS, Record
-from .rows import INTERVALS, METRIC, Cell, Row, join, join_cost, labels
+from .rows import INTERVALS, Cell, Row, join, join_cost, labels
 
 if TYPE_CHECKING:
     import pandas
@@ -27,6 +27,11 @@ class Column:
     scale: float = 1.0
     best: str = ""  # "min", "max", or "" where no value is better than another
     percent: bool = False
+
+    @property
+    def deviates(self) -> bool:
+        """Whether the spread over seeds says something: for scores, not for what a trivial prediction scores."""
+        return self.percent and not self.name.startswith("baseline")
 
     @property
     def heading(self) -> str:
@@ -60,7 +65,12 @@ _SCORES = {
     ),
 }
 COLUMNS = {task: (*_COST, *_SPEED, *_SCORES[task]) for task in TASKS} | {"cost": (*_COST, *_SPEED, *_TRAIN_SPEED)}
-_STAGES = {task: ("cost", "speed", "evaluate") for task in TASKS} | {"cost": ("cost", "speed")}
+_COLUMNS_OF = {
+    "cost": _COST,
+    "speed": (*_SPEED, *_TRAIN_SPEED),
+    "evaluate": (*_SCORES["classification"], *_SCORES["segmentation"]),
+}
+_STAGES = dict.fromkeys(TASKS, ("cost", "speed", "evaluate")) | {"cost": ("cost", "speed")}
 CAPTIONS = {
     "classification": "Image classification: cost, speed and accuracy",
     "segmentation": "Semantic segmentation: cost, speed and mean intersection over union",
@@ -101,8 +111,8 @@ def format_cell(column: Column, cell: Cell, interval: bool = True) -> str:
     if cell.value is None:
         return cell.status
     text = format_number(column, cell.value)
-    if cell.std is not None and column.percent:
-        text += f" ± {format_number(column, cell.std)} (n={cell.count})"
+    if column.deviates and cell.std is not None:
+        text += f" ± {format_number(column, cell.std)}"
     elif interval and cell.low is not None and cell.high is not None:
         text += f" [{format_number(column, cell.low)}, {format_number(column, cell.high)}]"
     return text
@@ -148,7 +158,7 @@ def frame(records: Sequence[Record], kind: str) -> "pandas.DataFrame":
         if column.name in INTERVALS:
             data[f"{column.name}_low"] = [cell.low for cell in cells]
             data[f"{column.name}_high"] = [cell.high for cell in cells]
-        if column.percent and not column.name.startswith("baseline"):
+        if column.deviates:
             data[f"{column.name}_std"] = [cell.std for cell in cells]
     for stage in stages:
         data["status" if stage == "evaluate" else f"{stage}_status"] = [row.stages[stage].status for row in rows]
@@ -161,9 +171,10 @@ def frame(records: Sequence[Record], kind: str) -> "pandas.DataFrame":
 
 def display(rows: Sequence[Row], kind: str) -> Display:
     """The table for people. What is the same in all rows (precision, hardware, data) goes to the caption."""
-    columns = COLUMNS[kind]
+    columns = [column for column in COLUMNS[kind] if _says_something(column, rows)]
     texts: dict[str, list[str]] = {"Model": [row.model for row in rows], "Family": [row.family for row in rows]}
     common: list[str] = []
+    seeds = {row.metric.count for row in rows} - {0} if kind != "cost" else set()
     attributes = {
         "Task": [row.task for row in rows],
         "Head": [row.head or "" for row in rows],
@@ -171,6 +182,8 @@ def display(rows: Sequence[Row], kind: str) -> Display:
         "Size": [row.size for row in rows],
         "Precision": [row.precision for row in rows],
         "Hardware": [row.hardware for row in rows],
+        # An unmeasured row has no seeds, and is no reason for a column of them.
+        "Seeds": [str(row.metric.count if len(seeds) > 1 else max(seeds, default="")) for row in rows],
     }
     for name, values in attributes.items():
         if len(set(values)) > 1:
@@ -245,7 +258,7 @@ def latex(table: Display, label: str) -> str:
         lines.append("    " + " & ".join(texts) + " \\\\")
     lines += ["    \\bottomrule", "  \\end{tabular}}"]
     if table.footnotes:
-        notes = " \\\\ ".join(f"{{[}}{n}] {escape_latex(text)}" for n, text in enumerate(table.footnotes, start=1))
+        notes = " \\\\ ".join(escape_latex(f"[{n}] {text}") for n, text in enumerate(table.footnotes, start=1))
         lines.append(f"  \\par\\smallskip\\raggedright\\footnotesize {notes}")
     return "\n".join([*lines, "\\end{table}"]) + "\n"
 
@@ -273,14 +286,14 @@ def closing_table(records: Sequence[Record]) -> "rich.table.Table":
     """What a run ends with: every model of every task on one screen, 100 columns wide, best values marked."""
     params, macs, _ = _COST
     latency, _, memory = _SPEED
-    table = _terminal_table("Results", ["Params\nM", "MACs\nG", "Latency\nms", "Memory\nMB", "Score\n%", "Trivial\n%"])
+    rows = {task: join(records, task) for task in TASKS}
+    headings = ["Params\nM", "MACs\nG", "Latency\nms", "Memory\nMB", "Score\n%", "Trivial\n%"]
+    table = _terminal_table("Results", headings, [*rows["classification"], *rows["segmentation"]])
     footnotes: dict[str, None] = {}
-    for task in TASKS:
-        rows = join(records, task)
-        score, trivial = _SCORES[task][0], _SCORES[task][-1]
-        for data in dict.fromkeys(row.data for row in rows):
-            group = [row for row in rows if row.data == data]
-            subtitle = f"{task.capitalize()}, score is {score.title}" + (f"\non {data}" if data else "")
+    for task, (score, *_, trivial) in _SCORES.items():
+        for data in dict.fromkeys(row.data for row in rows[task]):
+            group = [row for row in rows[task] if row.data == data]
+            subtitle = f"{task.capitalize()} ({score.title})" + (f"\n{data}" if data else "")
             _add_section(table, subtitle, group, (params, macs, latency, memory, score, trivial), footnotes)
     _add_footnotes(table, footnotes)
     return table
@@ -288,23 +301,27 @@ def closing_table(records: Sequence[Record]) -> "rich.table.Table":
 
 def cost_table(records: Sequence[Record]) -> "rich.table.Table":
     """What a run begins with: parameters, multiply-accumulates and activations of every model, 100 columns wide."""
-    table = _terminal_table("Cost of one image", ["Params\nM", "MACs\nG", "Activations\nM"])
+    rows = join_cost([record for record in records if record.stage == "cost"])
+    table = _terminal_table("Cost of one image", ["Params\nM", "MACs\nG", "Activations\nM"], rows)
     footnotes: dict[str, None] = {}
     for task in TASKS:
-        rows = join_cost([record for record in records if record.task == task and record.stage == "cost"])
-        if rows:
-            _add_section(table, task.capitalize(), rows, _COST, footnotes)
+        if group := [row for row in rows if row.task == task]:
+            _add_section(table, task.capitalize(), group, _COST, footnotes)
     _add_footnotes(table, footnotes)
     return table
 
 
-def _terminal_table(title: str, headings: Sequence[str]) -> "rich.table.Table":
+def _terminal_table(title: str, headings: Sequence[str], rows: Sequence[Row]) -> "rich.table.Table":
+    """An empty table; a size that all rows share is in the title, else in a column of its own."""
     import rich.box
     import rich.table
 
+    sizes = {row.size for row in rows}
+    title += f" at {sizes.pop()}" if len(sizes) == 1 else ""
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.add_column("Model", overflow="fold", max_width=36)
-    table.add_column("Size", no_wrap=True)
+    table.add_column("Model", overflow="fold", max_width=34)
+    if sizes:
+        table.add_column("Size", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
@@ -315,23 +332,24 @@ def _add_section(
 ) -> None:
     from rich.text import Text
 
+    heads = {row.head for row in rows}
+    if len(heads) == 1 and (head := heads.pop()):
+        title += f"\n{head} head"
     table.add_row(Text(title, style="bold"))
+    sized = len(table.columns) > len(columns) + 1
     winners = {column.name: best_rows(column, rows) for column in columns}
     for index, (row, label) in enumerate(zip(rows, labels(rows), strict=True)):
-        if row.head and row.head not in label:
-            label += f" + {row.head}"
-        cells = [Text(label), Text(row.size)]
+        cells = [Text(label), Text(row.size)] if sized else [Text(label)]
         for column in columns:
             cell = row.cells[column.name]
             if cell.value is None:
-                footnotes.setdefault(f"{label}: {cell.reason}")
-                cells.append(Text(cell.status, style="red" if cell.status == "failed" else "yellow"))
+                footnotes.setdefault(f"{label} ({row.task}): {cell.reason}")
+                cells.append(Text(cell.status + " ", style="red" if cell.status == "failed" else "yellow"))
                 continue
-            text = format_number(column, cell.value)
-            text += f" ±{format_number(column, cell.std)}" if cell.std is not None and column.percent else ""
             # A mark as well as a style: colours are gone in a log file. The others keep its place free.
             won = index in winners[column.name]
-            cells.append(Text(text + ("*" if won else " "), style="bold green" if won else ""))
+            text = format_cell(column, cell, interval=False) + ("*" if won else " ")
+            cells.append(Text(text, style="bold green" if won else ""))
         table.add_row(*cells)
     table.add_section()
 
@@ -345,6 +363,13 @@ def _add_footnotes(table: "rich.table.Table", footnotes: dict[str, None], limit:
     table.caption = Text("\n".join(lines), style="dim")
 
 
+def _says_something(column: Column, rows: Sequence[Row]) -> bool:
+    """False for an optional number that no record has although its stage ran: the CSV says so, a reader need not."""
+    cells = [row.cells[column.name] for row in rows]
+    stage = next(stage for stage in ("cost", "speed", "evaluate") if column in _COLUMNS_OF[stage])
+    return any(cell.value is not None for cell in cells) or all(row.stages[stage].status != "done" for row in rows)
+
+
 def _whole(values: Sequence[float | None]) -> bool:
     return all(value is None or float(value).is_integer() for value in values)
 
@@ -356,6 +381,9 @@ _LATEX = {
     "^": "\\textasciicircum{}",
     "<": "\\textless{}",
     ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    "[": "{[}",  # Behind a line break it would begin an optional argument.
+    "]": "{]}",
     "±": "$\\pm$",
 }
 
@@ -366,4 +394,5 @@ def escape_latex(text: str) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+    # An underscore inside a word is text in GitHub's Markdown.
+    return re.sub(r"([\\`*\[\]<>|#~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
