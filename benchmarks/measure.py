@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -99,27 +98,3 @@ def _deterministic(job: Job) -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
-
-
-def scheduling(job: Job, macs: Mapping[tuple[str, str], float]) -> dict[str, Any]:
-    """What an executor needs to place a job: CPU threads, whether it wants the machine to itself, estimated work.
-
-    Args:
-        job: The job.
-        macs: Multiply-accumulates of one image by (task, label), as far as they are known.
-
-    Returns:
-        `cpus`, `alone` (bool) and `work` in multiply-accumulates (a training step counts as three forwards).
-    """
-    known = macs.get((job.task, job.label), 1e9)
-    if job.stage == "train":
-        return {
-            "cpus": job.recipe.threads,
-            "alone": False,
-            "work": 3 * known * job.recipe.batch_size * job.recipe.iterations,
-        }
-    if job.stage == "evaluate":
-        return {"cpus": job.recipe.threads, "alone": False, "work": known * 2000}
-    if job.stage == "speed":
-        return {"cpus": 1, "alone": True, "work": known * 8 * job.speed.repeats * job.speed.batch_size}
-    return {"cpus": 0, "alone": False, "work": 0.0}

@@ -1,0 +1,173 @@
+"""Two ways to run jobs behind one call: in this process, or as Ray tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from benchmarks.errors import InputError
+from benchmarks.job import Job
+from results.record import Record
+from runners.config import Cluster
+from runners.execute import Workplace, make_record, run_job
+
+RETRIES = 3  # of a job whose worker died; errors of the job itself are not retried
+GIB_PER_WORKER = 1.5  # what a training of the demo's size takes, libraries included
+
+Done = Callable[[Record, Sequence[str]], None]
+
+
+class Executor(Protocol):
+    """Runs jobs, those that others depend on first, and calls `done` with each record as it comes."""
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None: ...
+
+
+class Queue:
+    """The jobs that are still to run: which are ready, and which never will be."""
+
+    def __init__(self, jobs: Sequence[Job], finished: Mapping[str, Record]):
+        self.waiting = {job.key: job for job in jobs}
+        self.records = dict(finished)
+
+    def ready(self) -> list[Job]:
+        """The jobs whose dependencies are done, in the order given."""
+        return [job for job in self.waiting.values() if all(self._done(key) for key in job.depends_on)]
+
+    def hopeless(self) -> list[Record]:
+        """Takes out the jobs that depend on one that was not done; returns their records, to be shown and not kept."""
+        records = []
+        for job in list(self.waiting.values()):
+            for key in job.depends_on:
+                before = self.records.get(key)
+                if before is not None and before.status != "done":
+                    del self.waiting[job.key]
+                    reason = before.reason if before.status == "blocked" else f"its {before.stage} {before.status}"
+                    records.append(make_record(job, "blocked", reason, details=before.details))
+        return records
+
+    def _done(self, key: str) -> bool:
+        return key in self.records and self.records[key].status == "done"
+
+
+class Inline:
+    """One job after the other in this process. Never imports ray: for debugging and small machines."""
+
+    def __init__(self, workplace: Workplace, finished: Mapping[str, Record]):
+        self.workplace = workplace
+        self.finished = finished
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        queue = Queue(jobs, self.finished)
+        while queue.waiting:
+            for record in queue.hopeless():
+                done(record, [])
+            ready = queue.ready()
+            if not ready:
+                break
+            # What has just become possible goes first: a trained model is evaluated before the next is trained.
+            job = next((job for job in ready if job.depends_on), ready[0])
+            del queue.waiting[job.key]
+            record, messages = run_job(job, self.workplace)
+            queue.records[job.key] = record
+            done(record, messages)
+
+
+class Ray:
+    """Jobs as Ray tasks: what wants a machine to itself first, then the longest first.
+
+    A task whose worker died (killed, out of memory, its node lost) is started again by Ray, up to `RETRIES` times, and
+    goes on from its last checkpoint. Nothing is opened to other hosts, and nothing is reported home.
+    """
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        finished: Mapping[str, Record],
+        cluster: Cluster,
+        needs: Callable[[Job], dict[str, Any]],
+        free_gib: float,
+    ):
+        self.workplace = workplace
+        self.finished = finished
+        self.cluster = cluster
+        self.needs = needs
+        self.free_gib = free_gib
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        import ray
+
+        self._connect()
+        try:
+            widest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+            task = ray.remote(run_job)
+            needs = {job.key: self.needs(job) for job in jobs}
+            queue = Queue(
+                sorted(jobs, key=lambda job: (not needs[job.key]["alone"], -needs[job.key]["work"])), self.finished
+            )
+            running: dict[Any, Job] = {}
+            while queue.waiting or running:
+                for record in queue.hopeless():
+                    done(record, [])
+                ready = queue.ready()
+                busy = [needs[job.key]["alone"] for job in running.values()]
+                if alone := [job for job in ready if needs[job.key]["alone"]]:
+                    # They come first and take every CPU of a node, so that no other job falsifies their timings.
+                    ready = alone if all(busy) else []
+                elif any(busy):
+                    ready = []
+                for job in ready:
+                    del queue.waiting[job.key]
+                    cpus = widest if needs[job.key]["alone"] else min(needs[job.key]["cpus"], widest)
+                    options = {"num_cpus": cpus, "max_retries": RETRIES, "retry_exceptions": False, "name": job.title}
+                    running[task.options(**options).remote(job, self.workplace)] = job
+                if not running:
+                    break
+                for reference in ray.wait(list(running), timeout=1.0)[0]:
+                    job = running.pop(reference)
+                    record, messages = self._collect(job, reference)
+                    queue.records[job.key] = record
+                    done(record, messages)
+        finally:
+            ray.shutdown()
+
+    def _collect(self, job: Job, reference: Any) -> tuple[Record, list[str]]:
+        import ray
+
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayError as error:
+            reason = (
+                f"its worker died {RETRIES + 1} times ({type(error).__name__}): killed, or the machine is out of memory"
+            )
+            from results.ledger import Ledger
+
+            return Ledger(self.workplace.ledger).put(make_record(job, "failed", reason)), []
+
+    def _connect(self) -> None:
+        import ray
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if self.cluster is Cluster.auto:
+            try:
+                ray.init(address="auto", **quiet)
+            except ConnectionError as error:
+                raise InputError(
+                    "cluster=auto: no Ray cluster runs on this machine; start one with 'ray start --head', "
+                    "or use cluster=local"
+                ) from error
+            return
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # "local" is a cluster of this run's own: without it Ray would join whatever runs on this machine.
+        ray.init(
+            address="local",
+            num_cpus=max(1, min(cpus, int(self.free_gib / GIB_PER_WORKER))),
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,  # records are small; the default is a third of the memory
+            **quiet,
+        )

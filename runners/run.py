@@ -1,0 +1,84 @@
+"""The command line: `python runners/run.py suite=NAME [stages=[...]] [models=[...]] [output=DIR] ...`.
+
+Exit status: 0 complete, 2 incomplete (some jobs could not run; the same command continues), 1 wrong input. Wrong input
+is one line; `--debug` brings the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from benchmarks.errors import InputError
+from runners.config import Config, register
+from runners.plan import choose
+from runners.session import Session
+
+COMPLETE, WRONG_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 130
+CONF = Path(__file__).parent / "conf"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    command = shlex.join(["python", "runners/run.py", *arguments])
+    statuses: list[int] = []
+    started = time.monotonic()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def application(config: DictConfig) -> None:
+        settings: Config = OmegaConf.to_object(config)
+        swept = " " + " ".join(HydraConfig.get().overrides.task) if HydraConfig.get().mode.name == "MULTIRUN" else ""
+        statuses.append(Session(settings, command + swept, Console(file=sys.stdout), started).run())
+
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it in one
+    sys.argv[1:] = arguments
+    try:
+        application()
+    except SystemExit as error:  # argparse: a flag that does not exist
+        return WRONG_INPUT if error.code else COMPLETE
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished jobs are kept; the same command continues.", file=sys.stderr)
+        return INTERRUPTED
+    except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return WRONG_INPUT
+    return max(statuses, default=COMPLETE)
+
+
+def one_line(error: BaseException) -> str:
+    """What was wrong, where and what to do next, in one line."""
+    if isinstance(error, MissingConfigException) and (error.missing_cfg_file or "").startswith(("suite/", "recipe/")):
+        group, name = str(error.missing_cfg_file).split("/", 1)
+        try:
+            choose(group, name, (path.stem for path in (CONF / group).glob("*.yaml")), f"{group}={name}")
+        except InputError as unknown:
+            return str(unknown)
+    if isinstance(error, OSError):
+        return f"cannot write {error.filename or 'the output'}: {error.strerror or error}; choose another output=FOLDER"
+    if isinstance(error, InputError):
+        return str(error)
+    cause = error.__cause__
+    text = str(error if cause is None or str(cause) in str(error) else f"{error}\n{cause}")
+    lines = [line.strip() for line in text.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("object_type", "reference_type")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

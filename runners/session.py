@@ -1,0 +1,276 @@
+"""One run of a suite: plan, look into the ledger, run what is missing, report, say how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks import data
+from benchmarks.errors import Blocked, InputError
+from benchmarks.job import Job, scheduling
+from results.ledger import Ledger
+from results.record import Record
+from runners.config import Config
+from runners.config import Executor as ExecutorName
+from runners.execute import Workplace, make_record
+from runners.memory import free_gib
+from runners.plan import check_models, make_jobs, stages_of
+
+COMPLETE, INCOMPLETE = 0, 2
+LEAST_GIB = 1.0  # a process with torch and its libraries, and nothing in it yet
+
+
+class Session:
+    """One run of one suite, from its configuration to its exit status."""
+
+    def __init__(self, config: Config, command: str, console: Console, started: float):
+        self.config = config
+        self.console = console
+        self.started = started
+        output, data_root = Path(config.output).absolute(), Path(config.data_root).absolute()
+        self.workplace = Workplace(output=output, data_root=data_root, command=command)
+        self.messages: list[str] = []
+        self.jobs: list[Job] = []
+        self.records: dict[str, Record] = {}
+
+    def run(self) -> int:
+        """Runs the suite; returns 0 (complete) or 2 (incomplete).
+
+        Raises:
+            InputError: the configuration asks for something that is not there or cannot be.
+            OSError: the output folder cannot be written.
+        """
+        stages = stages_of(self.config)
+        self.jobs = make_jobs(self.config)
+        ledger = Ledger(self.workplace.ledger, self._tell)
+        # What was blocked or failed in an earlier run is tried again in this one.
+        known = ledger.records([job.key for job in self.jobs])
+        self.records = {record.key: record for record in known if record.status == "done"}
+        self._distrust_damaged_weights()
+        missing = [job for job in self.jobs if job.key not in self.records]
+        self.console.print(
+            f"[bold]{escape(self.config.suite.title)}[/bold] ({self.config.suite.name}): {len(self.jobs)} jobs, "
+            f"{len(self.jobs) - len(missing)} of them in {escape(str(self.workplace.ledger))} already."
+        )
+        if missing:
+            check_models(self.config, missing)
+        if self.config.plan:
+            self._print_plan()
+            return COMPLETE
+        if missing:
+            free = free_gib()
+            if free < LEAST_GIB:
+                raise InputError(f"only {free:.1f} GiB of memory are free; close other programs (a job needs 1.5 GiB)")
+            self._run(missing, free)
+        if "report" in stages:
+            self._report()
+        return self._close(computed=len(missing))
+
+    def _tell(self, message: str) -> None:
+        if message not in self.messages:
+            self.messages.append(message)
+            self.console.print(f"[yellow]![/yellow] {escape(message)}", soft_wrap=True)
+
+    def _run(self, missing: list[Job], free: float) -> None:
+        from results.tables import cost_table
+        from runners.executors import Inline, Ray
+
+        cost = [job for job in missing if job.stage == "cost"]
+        rest = [job for job in missing if job.stage != "cost"]
+        self.workplace.output.mkdir(parents=True, exist_ok=True)
+        # Counting needs no device and less time than a worker's start: it is done here, and first, whatever the
+        # executor, so that the plan below knows what each job will take.
+        self._execute(Inline(self.workplace, self.records), cost)
+        counted = [record for record in self.records.values() if record.stage == "cost" and record.status == "done"]
+        if counted:
+            self.console.print(cost_table(counted))
+        rest = self._without_blocked(rest)
+        if not rest:
+            return
+        if self.config.executor is ExecutorName.inline:
+            self._execute(Inline(self.workplace, self.records), rest)
+        else:
+            self._execute(Ray(self.workplace, self.records, self.config.cluster, self._needs, free), rest)
+
+    def _execute(self, executor: object, jobs: list[Job]) -> None:
+        from runners.view import View
+
+        if not jobs:
+            return
+        work = {job.key: self._needs(job)["work"] for job in jobs}
+        view = View(self.console, jobs, len(self.jobs) - len(jobs), work, self.workplace.output / "progress")
+
+        def done(record: Record, messages: Sequence[str]) -> None:
+            view.finished(record.key)
+            self.records[record.key] = record
+            for message in messages:
+                self._tell(message)
+            if record.status == "failed":
+                self._tell(f"{record.stage} {record.model} ({record.task}) failed: {record.reason}")
+            elif record.stage != "cost":
+                self.console.print(f"[green]✓[/green] {escape(_line(record))}", soft_wrap=True)
+
+        with view:
+            executor.run(jobs, done)
+
+    def _needs(self, job: Job) -> dict:
+        macs = {
+            (record.task, record.model): record.metrics["macs"]
+            for record in self.records.values()
+            if record.stage == "cost" and record.status == "done"
+        }
+        return scheduling(job, macs)
+
+    def _without_blocked(self, jobs: list[Job]) -> list[Job]:
+        """Has the datasets ready that `jobs` need. Jobs whose data are not there become blocked records at once."""
+        ledger = Ledger(self.workplace.ledger, self._tell)
+        possible, ready = [], {}
+        for job in jobs:
+            wanted = (job.data, str(sorted(job.data_options.items()))) if job.stage == "train" else None
+            if wanted is not None and wanted not in ready:
+                try:
+                    data.prepare(job.data, self.workplace.data_root, job.data_options, self._tell)
+                    ready[wanted] = None
+                except Blocked as error:
+                    ready[wanted] = error
+            error = ready.get(wanted)
+            if error is not None:
+                details = {"looked_in": error.looked_in, "how_to_get": error.how_to_get}
+                record = ledger.put(make_record(job, "blocked", str(error), details=details))
+            elif any(self.records[key].status == "blocked" for key in job.depends_on if key in self.records):
+                before = self.records[job.depends_on[0]]
+                record = ledger.put(make_record(job, "blocked", before.reason, details=before.details))
+            else:
+                possible.append(job)
+                continue
+            self.records[job.key] = record
+        return possible
+
+    def _distrust_damaged_weights(self) -> None:
+        """A finished training whose weights are gone or damaged is done again, if an evaluation still needs them."""
+        for job in self.jobs:
+            if job.stage != "evaluate" or job.key in self.records or job.depends_on[0] not in self.records:
+                continue
+            from benchmarks.engine import weights_are_intact
+
+            trained = self.records[job.depends_on[0]]
+            if not weights_are_intact(self.workplace.output, trained.artifacts, trained.details):
+                path = self.workplace.output / trained.artifacts.get("weights", "weights")
+                self._tell(f"the weights {path} are missing or damaged: {job.label} is trained again")
+                Ledger(self.workplace.ledger).path(trained.key).unlink(missing_ok=True)
+                del self.records[trained.key]
+
+    def _print_plan(self) -> None:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("job", "data", "state"):
+            table.add_column(heading)
+        for job in self.jobs:
+            table.add_row(job.title, job.data or "", "done" if job.key in self.records else "to do")
+        self.console.print(table)
+
+    def _report(self) -> None:
+        from results.report import build
+
+        suite = self.config.suite
+        build(
+            self.workplace.output,
+            title=suite.title,
+            description=suite.description,
+            keys=[job.key for job in self.jobs],
+            messages=self.messages,
+        )
+
+    def _close(self, computed: int) -> int:
+        from results.tables import closing_table
+
+        records = [self.records[job.key] for job in self.jobs if job.key in self.records]
+        if any(record.stage in ("speed", "evaluate") for record in records):
+            self.console.print(closing_table(records))
+        self._say_who_learnt(records)
+        blocked, failed = (
+            [record for record in records if record.status == status] for status in ("blocked", "failed")
+        )
+        for (reason, looked_in, how), names in _grouped(blocked).items():
+            self.console.print(f"[yellow]Not run:[/yellow] {len(names)} jobs ({escape(', '.join(sorted(set(names))))})")
+            self.console.print(f"  why: {escape(reason)}", soft_wrap=True)
+            if looked_in:
+                self.console.print(
+                    f"  looked in: {escape(looked_in)} (data_root=FOLDER looks elsewhere)", soft_wrap=True
+                )
+            if how:
+                self.console.print(f"  how to get it: {escape(how)}", soft_wrap=True)
+            self.console.print("  The same command continues once it is there.")
+        for record in failed:
+            log = self.workplace.output / record.artifacts.get("log", "")
+            self.console.print(
+                f"[red]Failed:[/red] {record.stage} {record.model} ({record.task}): {escape(record.reason)}; "
+                f"its log: {escape(str(log))}",
+                soft_wrap=True,
+            )
+        report = self.workplace.output / "report.html"
+        if "report" in stages_of(self.config) and report.exists():
+            self.console.print(
+                f"Report: {escape(str(report))} (tables, plots and leaderboards beside it)", soft_wrap=True
+            )
+        elapsed = time.monotonic() - self.started
+        if not computed:
+            self.console.print(f"Nothing was left to compute: all {len(self.jobs)} jobs were done. {elapsed:.0f} s.")
+        elif not blocked and not failed:
+            self.console.print(
+                f"Complete: {computed} jobs run, {len(self.jobs) - computed} were done before. {elapsed:.0f} s."
+            )
+        else:
+            self.console.print(
+                f"Incomplete: {len(blocked) + len(failed)} of {len(self.jobs)} jobs have no result. {elapsed:.0f} s."
+            )
+        return INCOMPLETE if blocked or failed else COMPLETE
+
+    def _say_who_learnt(self, records: Sequence[Record]) -> None:
+        """Whether each trained model clearly beats the trivial baseline, both numbers printed."""
+        for task, metric in self.config.suite.metrics.items():
+            results = [record for record in records if record.task == task and record.stage == "evaluate"]
+            results = [record for record in results if record.status == "done"]
+            if not results:
+                continue
+            baseline = results[0].metrics[f"baseline_{metric}"]
+            weak = [record for record in results if record.metrics[metric] < baseline + self.config.suite.must_gain]
+            if not weak:
+                lowest = min(record.metrics[metric] for record in results)
+                self.console.print(
+                    f"[green]✓[/green] {task}: all {len(results)} trained models beat the trivial baseline "
+                    f"({metric} {baseline:.1f} %) by far: the lowest has {lowest:.1f} %."
+                )
+            for record in weak:
+                self._tell(
+                    f"{record.model} ({task}) has not learnt: {metric} {record.metrics[metric]:.1f} %, "
+                    f"trivial baseline {baseline:.1f} %"
+                )
+
+
+def _line(record: Record) -> str:
+    """A finished job in one line."""
+    head = f" + {record.head}" if record.head else ""
+    name = f"{record.stage} {record.model}{head} ({record.task})"
+    metrics = record.metrics
+    if record.status != "done":
+        return f"{name}: {record.status}"
+    if record.stage == "speed":
+        return f"{name}: {metrics['latency_ms']:.1f} ms"
+    if record.stage == "train":
+        return f"{name}: loss {metrics['final_loss']:.3f}"
+    metric = "top1" if record.task == "classification" else "mIoU"
+    return f"{name}: {metric} {metrics[metric]:.1f} % (trivial baseline {metrics[f'baseline_{metric}']:.1f} %)"
+
+
+def _grouped(blocked: Sequence[Record]) -> dict[tuple[str, str, str], list[str]]:
+    groups = defaultdict(list)
+    for record in blocked:
+        key = (record.reason, record.details.get("looked_in", ""), record.details.get("how_to_get", ""))
+        groups[key].append(f"{record.stage} {record.model}")
+    return groups
