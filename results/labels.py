@@ -1,0 +1,163 @@
+"""Direct labels on points that touch neither each other, nor the points, nor the edge of the plot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+
+# Where to try a label, as (distance in points, directions in degrees): beside and above the point first.
+RINGS = ((5, (0, 180, 90, 270, 45, 315, 135, 225)), (12, range(0, 360, 30)), (22, range(0, 360, 20)))
+GRID = (48, 64)  # columns and rows of the search over the whole plot, when no place near the point is free
+PADDING = 1.5  # points between a label and anything else
+LEADER = 9.0  # points from which on a line ties the label to its point
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text for the point (x, y) in data coordinates. The more important ones (lower `rank`) choose first."""
+
+    text: str
+    x: float
+    y: float
+    colour: str
+    rank: int = 0
+
+
+def shorten(text: str, length: int = 34) -> str:
+    """A text of at most `length` characters, cut in the middle: the ends of model names tell them apart."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
+
+
+def place(
+    axes: "Axes",
+    labels: Sequence[Label],
+    *,
+    obstacles: Sequence[np.ndarray] = (),
+    lines: Sequence[np.ndarray] = (),
+    marker_size: float = 8.0,
+    sizes: Sequence[float] = (8.5, 7.5, 6.5),
+) -> tuple[list["Annotation"], list[str]]:
+    """Annotate the points of `axes`, whose layout and limits must be final.
+
+    `obstacles` are boxes (x0, y0, x1, y1) in pixels that stay free. `lines` are sequences of points (n, 2) in pixels
+    that a label should rather not cover. `marker_size` is the diameter of a point and `sizes` are the font sizes to try, in
+    points. Returns the annotations, and the texts that found no place at the smallest size and were left out.
+    """
+    figure = axes.figure
+    scale = figure.dpi / 72  # pixels per point
+    points = axes.transData.transform([(label.x, label.y) for label in labels]) if labels else np.empty((0, 2))
+    half = marker_size * scale / 2
+    fixed = np.array([*np.hstack([points - half, points + half]), *obstacles]).reshape(-1, 4)
+    soft = np.concatenate([_dense(line, 3 * scale) for line in lines]) if lines else np.empty((0, 2))
+    inside = axes.get_window_extent().padded(-PADDING * scale)
+    bounds = np.array([inside.x0, inside.y0, inside.x1, inside.y1])
+    order = sorted(range(len(labels)), key=lambda i: (labels[i].rank, -points[i][1], points[i][0], labels[i].text))
+    for size in sizes:
+        extents = _extents(axes, labels, size)
+        placed: dict[int, np.ndarray] = {}
+        for i in order:
+            taken = np.array([*fixed, *placed.values()])
+            box = _free_box(points[i], extents[i] + 2 * PADDING * scale, taken, soft, bounds, half, scale)
+            if box is not None:
+                placed[i] = box
+        if len(placed) == len(labels):
+            break
+    annotations = [_annotate(axes, labels[i], points[i], placed[i], size, half, scale) for i in sorted(placed)]
+    return annotations, [labels[i].text for i in range(len(labels)) if i not in placed]
+
+
+def _extents(axes: "Axes", labels: Sequence[Label], size: float) -> np.ndarray:
+    """Width and height of each label in pixels."""
+    texts = [axes.text(0.5, 0.5, label.text, fontsize=size, transform=axes.transAxes) for label in labels]
+    boxes = [text.get_window_extent() for text in texts]
+    for text in texts:
+        text.remove()
+    return np.array([(box.width, box.height) for box in boxes]).reshape(-1, 2)
+
+
+def _free_box(
+    point: np.ndarray,
+    extent: np.ndarray,
+    taken: np.ndarray,
+    soft: np.ndarray,
+    bounds: np.ndarray,
+    half: float,
+    scale: float,
+) -> np.ndarray | None:
+    """The best box of `extent` pixels that is free: near the point, off the lines; None where the plot is full."""
+    boxes, distances = [], []
+    for distance, directions in RINGS:
+        for angle in np.radians(list(directions)):
+            direction = np.array([np.cos(angle), np.sin(angle)])
+            # The side of the box that faces the point lies at the distance, so that long labels are not pushed off.
+            centre = point + direction * (half + distance * scale) + np.sign(direction.round(6)) * extent / 2
+            boxes.append(np.concatenate([centre - extent / 2, centre + extent / 2]))
+            distances.append(distance)
+    near = _best(np.array(boxes), np.array(distances, float), taken, soft, bounds)
+    if near is not None:
+        return near
+    columns, rows = GRID
+    x = np.linspace(bounds[0], bounds[2] - extent[0], columns)
+    y = np.linspace(bounds[1], bounds[3] - extent[1], rows)
+    corners = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    boxes = np.hstack([corners, corners + extent])
+    nearest = np.clip(point, boxes[:, :2], boxes[:, 2:])
+    return _best(boxes, np.linalg.norm(nearest - point, axis=1) / scale, taken, soft, bounds)
+
+
+def _best(
+    boxes: np.ndarray, distances: np.ndarray, taken: np.ndarray, soft: np.ndarray, bounds: np.ndarray
+) -> np.ndarray | None:
+    free = (boxes[:, :2] >= bounds[:2]).all(1) & (boxes[:, 2:] <= bounds[2:]).all(1)
+    apart = (boxes[:, None, :2] >= taken[None, :, 2:]) | (boxes[:, None, 2:] <= taken[None, :, :2])
+    free &= apart.any(2).all(1)
+    if not free.any():
+        return None
+    covered = (soft[None] > boxes[:, None, :2]) & (soft[None] < boxes[:, None, 2:])
+    cost = distances + 2.0 * covered.all(2).sum(1)
+    return boxes[np.where(free, cost, np.inf).argmin()]
+
+
+def _annotate(
+    axes: "Axes", label: Label, point: np.ndarray, box: np.ndarray, size: float, half: float, scale: float
+) -> "Annotation":
+    corner = (box[:2] - point) / scale + PADDING
+    gap = np.linalg.norm(np.clip(point, box[:2], box[2:]) - point) - half
+    leader = {
+        "arrowstyle": "-",
+        "color": label.colour,
+        "alpha": 0.5,
+        "linewidth": 0.6,
+        "shrinkA": 0,
+        "shrinkB": half / scale,
+    }
+    return axes.annotate(
+        label.text,
+        (label.x, label.y),
+        xytext=tuple(corner),
+        textcoords="offset points",
+        fontsize=size,
+        color=label.colour,
+        va="bottom",
+        ha="left",
+        arrowprops=leader if gap > LEADER * scale else None,
+        zorder=4,
+    )
+
+
+def _dense(line: np.ndarray, step: float) -> np.ndarray:
+    """The points of a polyline, `step` pixels apart."""
+    pieces = [line[:1]]
+    for start, end in pairwise(line):
+        count = max(2, int(np.linalg.norm(end - start) / step))
+        pieces.append(np.linspace(start, end, count))
+    return np.concatenate(pieces)

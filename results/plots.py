@@ -1,0 +1,451 @@
+"""Plots from records alone: accuracy against cost and against latency, with the Pareto front, as PNG and SVG.
+
+Figures are made without pyplot, and styles are set for the time of drawing only: nothing global changes, and the same
+records give the same files.
+"""
+
+import io
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from .files import write_atomic
+from .labels import Label, place, shorten
+from .record import TASKS, Record
+from .rows import METRIC, Row, join, labels
+
+DPI = 200  # 8 inches wide: 1600 pixels
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that labels have the same size on every machine
+    "svg.hashsalt": "results",
+    "svg.fonttype": "path",
+    "axes.edgecolor": "0.6",
+    "grid.color": "0.91",
+    "text.color": "0.15",
+    "axes.labelcolor": "0.15",
+    "xtick.color": "0.3",
+    "ytick.color": "0.3",
+}
+# Colours that people with colour-blindness can tell apart, dark enough for text on white, each with its own marker.
+FAMILIES = ("HiViT", "HRViT", "HRFormer", "HIRI-ViT")  # the suite's own families always look the same
+COLOURS = ("#0060a8", "#c44e00", "#00795a", "#a3317f", "#6b4c9a", "#8a6100", "#4d4d4d", "#2a8aa8", "#9e2a2b", "#5b7a1f")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "*", "<", ">")
+NOUN = {"classification": "Top-1 accuracy", "segmentation": "Mean IoU"}
+FAR = 4.0  # A trivial baseline so many times the range of the points below them is written, not drawn to scale.
+OVERVIEW_LABELS = 10  # In the small panels of the overview only so many points have a name.
+TRIVIAL = {"classification": "trivial (most frequent class)", "segmentation": "trivial (all background)"}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What lies on the horizontal axis."""
+
+    name: str
+    cell: str
+    title: str
+    label: str
+    scale: float
+
+
+AXES = (
+    Axis("macs", "macs", "compute", "Multiply-accumulates of one image (billions)", 1e-9),
+    Axis("latency", "latency_ms", "latency", "Latency of one forward pass (milliseconds)", 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A written figure: `path` is the PNG, the SVG lies beside it; `alt` says in words what it shows."""
+
+    name: str
+    title: str
+    path: Path
+    alt: str
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path, self.path.with_suffix(".svg")]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `draw` made, and in `notes` one line for each plot that it could not make, with the reason."""
+
+    plots: list[Plot] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The content of one pair of axes, before anything is drawn."""
+
+    task: str
+    data: str | None
+    axis: Axis
+    rows: list[Row]  # those with a point
+    names: list[str]  # their labels
+    omitted: list[str]  # the names of rows without one
+    hardware: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.capitalize()}: {NOUN[self.task].lower()} against {self.axis.title}".replace("iou", "IoU")
+
+    @property
+    def subtitle(self) -> str:
+        """What all points have in common."""
+        sizes, precisions = {row.size for row in self.rows}, {row.precision for row in self.rows}
+        parts = [self.data or "", sizes.pop() if len(sizes) == 1 else ""]
+        parts += sorted(precisions) if len(precisions) == 1 else []
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        return [(row.cells[self.axis.cell].value * self.axis.scale, row.metric.value) for row in self.rows]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the points that no other beats in cost (x, lower is better) and score (y, higher), by cost."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front
+
+
+def draw(records: Sequence[Record], folder: Path) -> Drawn:
+    """Write all plots that the records allow into `folder` as PNG and SVG.
+
+    Per task (and data set, where there are several) the metric against MACs and against latency, and `overview` with
+    all of them. Raises `OSError` when a file cannot be written.
+    """
+    drawn = Drawn()
+    panels: list[Panel] = []
+    for task in TASKS:
+        rows = join(records, task)
+        datasets = list(dict.fromkeys(row.data for row in rows))
+        for data in datasets:
+            group = [row for row in rows if row.data == data]
+            suffix = f"_{_slug(data or 'no data')}" if len(datasets) > 1 else ""
+            for axis in AXES:
+                panel = _panel(task, data, axis, group)
+                if not panel.rows:
+                    where = f" on {data}" if data else ""
+                    drawn.notes.append(f"No plot of {task} against {axis.title}{where}: no model has both numbers yet.")
+                    continue
+                panels.append(panel)
+                name = f"{task}_{METRIC[task].lower()}_vs_{axis.name}{suffix}"
+                drawn.plots.append(_write([panel], folder / f"{name}.png", panel.title))
+    if panels:
+        drawn.plots.append(_write(panels, folder / "overview.png", "Accuracy against cost at a glance"))
+    elif not drawn.notes:
+        drawn.notes.append("No plots: there is no record of a model yet.")
+    return drawn
+
+
+def figure(panels: Sequence[Panel]) -> Figure:
+    """One panel as a figure of its own, or several in two columns; nothing is written."""
+    with matplotlib.rc_context(rc={**seaborn.axes_style("whitegrid"), **STYLE}):
+        drawn, unlabelled = _compose(panels, [])
+        if unlabelled:  # Their names need room in the caption, which moves everything.
+            drawn, _ = _compose(panels, unlabelled)
+        return drawn
+
+
+def _compose(panels: Sequence[Panel], unlabelled: Sequence[str]) -> tuple[Figure, list[str]]:
+    """The figure, and the names of points that found no place for a label."""
+    single = len(panels) == 1
+    size = 9.5 if single else 7.5  # points; the figure is shown at about half its pixels
+    lines = -(-len(panels) // 2)
+    crowd = max(len(panel.rows) for panel in panels)
+    height = 5.2 + 0.1 * max(0, crowd - 10) if single else 0.7 + 3.1 * lines
+    figure = Figure(figsize=(8, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+    families = sorted({row.family for panel in panels for row in panel.rows}, key=_family_order)
+    looks = _looks(families)
+    bottom = _add_footer(figure, looks, _caption(panels, unlabelled), size - 1)
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, bottom, 1, 1 - bottom), w_pad=0.08, h_pad=0.08))
+    grid = figure.subplots(lines, 1 if single else 2, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_points(axes, panel, looks, size)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # Labels are placed in pixels: from here on nothing may move.
+    left_out: list[str] = []
+    for axes, panel in zip(grid, panels, strict=False):
+        left_out += _draw_labels(axes, panel, looks, size - 1, None if single else OVERVIEW_LABELS)
+    return figure, list(dict.fromkeys(left_out))
+
+
+def _panel(task: str, data: str | None, axis: Axis, rows: Sequence[Row]) -> Panel:
+    named = list(zip(rows, labels(rows), strict=True))
+    complete = [(r, n) for r, n in named if r.metric.value is not None and (r.cells[axis.cell].value or 0) > 0]
+    hardware = ""
+    if axis.cell == "latency_ms" and complete:
+        # Latencies of different machines do not belong in one comparison: the machine with most models is shown.
+        machines = [row.hardware for row, _ in complete]
+        hardware = max(dict.fromkeys(machines), key=machines.count)
+        complete = [(row, name) for row, name in complete if row.hardware == hardware]
+    shown = [name for _, name in complete]
+    return Panel(
+        task=task,
+        data=data,
+        axis=axis,
+        rows=[row for row, _ in complete],
+        names=shown,
+        omitted=[name for _, name in named if name not in shown],
+        hardware=hardware,
+    )
+
+
+def _draw_points(axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]], size: float) -> None:
+    points = np.array(panel.points)
+    families = [row.family for row in panel.rows]
+    for row, (x, y) in zip(panel.rows, points, strict=True):
+        cell = row.cells[panel.axis.cell]
+        if cell.low is not None and cell.high is not None:
+            ends = np.array([cell.low, cell.high]) * panel.axis.scale
+            axes.plot(ends, [y, y], color=looks[row.family][0], linewidth=1.2, alpha=0.45, zorder=2.5)
+        if row.metric.std:
+            ends = [y - row.metric.std, y + row.metric.std]
+            axes.plot([x, x], ends, color=looks[row.family][0], linewidth=1.2, alpha=0.45, zorder=2.5)
+    front = points[pareto_front(panel.points)]
+    axes.plot(*front.T, color="0.45", linewidth=1.1, zorder=2)
+    seaborn.scatterplot(
+        x=points[:, 0],
+        y=points[:, 1],
+        hue=families,
+        style=families,
+        palette={family: colour for family, (colour, _) in looks.items()},
+        markers={family: marker for family, (_, marker) in looks.items()},
+        s=_diameter(size) ** 2,
+        edgecolor="white",
+        linewidth=0.5,
+        legend=False,
+        zorder=3,
+        ax=axes,
+    )
+    axes.set_title(panel.title, loc="left", fontsize=size + 1.5, fontweight="bold", pad=size * 1.9)
+    width = 100 if len(axes.figure.axes) == 1 else 60  # letters
+    above = {"xytext": (0, size * 0.6), "textcoords": "offset points", "xycoords": "axes fraction"}
+    axes.annotate(shorten(panel.subtitle, width), (0, 1), fontsize=size - 1, color="0.4", **above)
+    place_of_measurement = f"\non {shorten(panel.hardware, width)}" if panel.hardware else ""
+    axes.set_xlabel(panel.axis.label + place_of_measurement, fontsize=size)
+    axes.set_ylabel(f"{NOUN[panel.task]} (%)", fontsize=size)
+    axes.tick_params(labelsize=size - 1, length=0)
+    seaborn.despine(ax=axes)
+    _set_limits(axes, panel, points)
+
+
+def _set_limits(axes: Axes, panel: Panel, points: np.ndarray) -> None:
+    x, y = points[:, 0], points[:, 1]
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    if x.max() / x.min() > 8:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        room = (x.max() / x.min()) ** 0.12
+        axes.set_xlim(x.min() / room, x.max() * room)
+    else:
+        room = max(0.14 * (x.max() - x.min()), 0.1 * x.max())
+        axes.set_xlim(max(0.0, x.min() - room), x.max() + room)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_formatter(plain)
+    low, high = y.min(), y.max()
+    trivial = _trivial(panel)
+    if trivial is not None and not _is_far(trivial, y):
+        low, high = min(low, trivial), max(high, trivial)
+    room = max(0.12 * (high - low), 1.0)
+    axes.set_ylim(low - room, high + room)  # May pass 100: a label above the best point needs the room.
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 0 <= value <= 100 else ""))
+
+
+def _draw_labels(
+    axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]], size: float, limit: int | None
+) -> list[str]:
+    """Name the points, those on the front first; returns the names that found no place."""
+    front = pareto_front(panel.points)
+    ranked = sorted(range(len(panel.rows)), key=lambda i: (i not in front, -panel.points[i][1]))[:limit]
+    wanted = [
+        Label(
+            shorten(panel.names[i], 34 if len(panel.names) <= 12 else 26),
+            *panel.points[i],
+            looks[panel.rows[i].family][0],
+            rank=i not in front,
+        )
+        for i in ranked
+    ]
+    everywhere = axes.transData.transform(panel.points)
+    half = _diameter(size + 1) * axes.figure.dpi / 72 / 2
+    obstacles = [np.concatenate([point - half, point + half]) for point in everywhere]
+    obstacles += [_bar_box(axes, panel, row, y) for row, (_, y) in zip(panel.rows, panel.points, strict=True)]
+    lines = [everywhere[front]]
+    trivial = _trivial(panel)
+    if trivial is not None:
+        text = f"{TRIVIAL[panel.task]}: {trivial:.1f} %"
+        if _is_far(trivial, np.array(panel.points)[:, 1]):
+            text = f"{text}, far below" if trivial < min(y for _, y in panel.points) else text
+            height = axes.get_ylim()[0]
+        else:
+            axes.axhline(trivial, color="0.35", linewidth=1, linestyle=(0, (5, 3)), zorder=1.5)
+            height = trivial
+            level = axes.transData.transform((axes.get_xlim()[0], trivial))[1]
+            extent = axes.get_window_extent()
+            lines.append(np.array([[extent.x0, level], [extent.x1, level]]))
+        obstacles.append(_draw_trivial(axes, text, height, size, np.array(obstacles)))
+    _, left_out = place(
+        axes,
+        wanted,
+        obstacles=obstacles,
+        lines=lines,
+        marker_size=_diameter(size + 1),
+        sizes=(size, size - 0.75, size - 1.5),
+    )
+    return left_out
+
+
+def _bar_box(axes: Axes, panel: Panel, row: Row, height: float) -> np.ndarray:
+    """The interval bar of a row as a thin box in pixels; of no width where there is no interval."""
+    cell = row.cells[panel.axis.cell]
+    ends = (cell.value, cell.value) if cell.low is None or cell.high is None else (cell.low, cell.high)
+    pixels = axes.transData.transform([(end * panel.axis.scale, height) for end in ends])
+    return np.concatenate([pixels.min(0) - 1, pixels.max(0) + 1])
+
+
+def _draw_trivial(axes: Axes, text: str, height: float, size: float, markers: np.ndarray) -> np.ndarray:
+    """Write on the line of the trivial baseline where no point is; returns the text's box in pixels."""
+    box = np.zeros(4)
+    for x, side in ((0.99, "right"), (0.01, "left"), (0.5, "center")):
+        written = axes.annotate(
+            text,
+            (x, height),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha=side,
+            va="bottom",
+            fontsize=size,
+            fontstyle="italic",
+            color="0.3",
+            zorder=4,
+        )
+        extent = written.get_window_extent()
+        box = np.array([extent.x0, extent.y0, extent.x1, extent.y1])
+        apart = (markers[:, :2] >= box[2:]) | (markers[:, 2:] <= box[:2])
+        if apart.any(1).all() or side == "center":
+            break
+        written.remove()
+    return box
+
+
+def _caption(panels: Sequence[Panel], unlabelled: Sequence[str]) -> str:
+    """What the figure does not show, as sentences."""
+    omitted = list(dict.fromkeys(name for panel in panels for name in panel.omitted))
+    sentences = []
+    if omitted:
+        sentences.append(f"Left off, because a number is missing: {_listed(omitted)}.")
+    if unlabelled:
+        sentences.append(f"Without a label for lack of room: {_listed(unlabelled)}.")
+    if len(panels) > 1 and any(len(panel.rows) > OVERVIEW_LABELS for panel in panels):
+        sentences.append(f"At most {OVERVIEW_LABELS} names in each panel; the single plots name all.")
+    return " ".join(sentences)
+
+
+def _add_footer(figure: Figure, looks: Mapping[str, tuple[str, str]], caption: str, size: float) -> float:
+    """The legend, and the caption below it; returns their height as a fraction of the figure's."""
+    width, height = figure.get_size_inches()
+    wrapped = textwrap.wrap(caption, int(width * 72 / (size * 0.56)))
+    text_height = len(wrapped) * size * 1.35 / 72 / height
+    if wrapped:
+        figure.text(0.015, 0.012, "\n".join(wrapped), fontsize=size, color="0.35", va="bottom", linespacing=1.2)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", markersize=size * 0.75, label=family)
+        for family, (colour, marker) in looks.items()
+    ]
+    handles.append(Line2D([], [], color="0.45", linewidth=1.2, label="Pareto front (best for its cost)"))
+    families = (handle.get_label() for handle in handles[:-1])
+    columns = max(1, min(len(handles), int(width * 72 / (size * (max(map(len, families)) * 0.6 + 4)))))
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, text_height + 0.008),
+        ncols=columns,
+        frameon=False,
+        fontsize=size,
+        handletextpad=0.4,
+        columnspacing=1.4,
+    )
+    rows = -(-len(handles) // columns)
+    return text_height + 0.008 + (rows * 1.55 + 0.9) * size / 72 / height
+
+
+def _write(panels: Sequence[Panel], path: Path, title: str) -> Plot:
+    drawn = figure(panels)
+    with matplotlib.rc_context(rc=STYLE):
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            drawn.savefig(buffer, format=suffix[1:], metadata=metadata | {"Title": title})
+            write_atomic(path.with_suffix(suffix), buffer.getvalue())
+    return Plot(name=path.stem, title=title, path=path, alt=" ".join(_describe(panel) for panel in panels))
+
+
+def _describe(panel: Panel) -> str:
+    """A panel in words, for those who do not see it."""
+    best = max(zip(panel.names, panel.points, strict=True), key=lambda item: item[1][1])
+    front = [panel.names[i] for i in pareto_front(panel.points)]
+    unit = "billion multiply-accumulates" if panel.axis.name == "macs" else "ms"
+    return (
+        f"{panel.title}, {len(panel.rows)} models. "
+        f"Highest: {best[0]} with {best[1][1]:.1f} % at {best[1][0]:.3g} {unit}. Best for their cost: {_listed(front)}."
+    )
+
+
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    shown = ", ".join(map(shorten, names[:limit]))
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _trivial(panel: Panel) -> float | None:
+    values = [row.baseline.value for row in panel.rows if row.baseline.value is not None]
+    return max(values) if values else None
+
+
+def _is_far(trivial: float, scores: np.ndarray) -> bool:
+    return scores.min() - trivial > FAR * max(scores.max() - scores.min(), 5.0)
+
+
+def _diameter(size: float) -> float:
+    """The diameter of a marker beside text of `size` points."""
+    return size * 0.85
+
+
+def _family_order(family: str) -> tuple[int, str]:
+    return FAMILIES.index(family) if family in FAMILIES else len(FAMILIES), family
+
+
+def _looks(families: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each family; ten and twelve of them make sixty pairs before one comes again."""
+    others = [family for family in families if family not in FAMILIES]
+    place_of = {name: i for i, name in enumerate((*FAMILIES, *others))}
+    return {
+        family: (COLOURS[place_of[family] % len(COLOURS)], MARKERS[place_of[family] % len(MARKERS)])
+        for family in families
+    }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()
