@@ -1,0 +1,22 @@
+"""The models that the suite compares, behind timm's interface. Importing this package registers them with timm."""
+
+from zoo import hivit, hivit_mae
+from zoo.backbone import Backbone
+from zoo.baselines import mit
+from zoo.errors import ZooError
+from zoo.published import LoadReport, load_published, published_keys
+from zoo.registry import create_model, family, list_models
+
+__all__ = [
+    "Backbone",
+    "LoadReport",
+    "ZooError",
+    "create_model",
+    "family",
+    "hivit",
+    "hivit_mae",
+    "list_models",
+    "load_published",
+    "mit",
+    "published_keys",
+]

@@ -1,0 +1,185 @@
+"""The interface that every model of the zoo shares: timm's, stated once.
+
+timm's tools (feature extraction, layer-wise learning-rate decay, fine-tuning) and mmsegmentation's `TIMMBackbone` ask a
+model for exactly these names; a family that derives from `Backbone` and is registered with timm needs no adapter.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import Tensor, nn
+
+from zoo.errors import ZooError, near_matches
+
+MIN_SIZE = 32  # pixels: the smallest image side that the zoo's models are built and tested for
+
+_logger = logging.getLogger(__name__)
+
+
+class Backbone(nn.Module):
+    """Base class: an image classifier whose intermediate maps can be taken, with timm's meaning of each name.
+
+    A family sets `num_classes`, `num_features` (channels of the features before the head), `head_hidden_size`,
+    `head` and `feature_info`: one entry per map that can be taken, from high to low resolution, each a dict with
+    ``num_chs`` (channels), ``reduction`` (stride in pixels) and ``module`` (the module that makes it).
+    """
+
+    num_classes: int
+    num_features: int
+    head_hidden_size: int
+    feature_info: list[dict]
+    grad_checkpointing: bool = False
+
+    def forward_features(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Images (B, 3, H, W) -> the unpooled features that `forward_head` takes (the last map, unless stated)."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
+        """Features -> logits (B, num_classes); with `pre_logits` the pooled features (B, head_hidden_size)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> logits (B, num_classes), or pooled features where the classifier was removed."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]:
+        """Images (B, 3, H, W) -> the maps of `feature_info`, from high to low resolution.
+
+        Args:
+            x: images; any size from 32 pixels, multiples of the stride or not.
+            indices: which entries of `feature_info`: all (None), the last n (an int), or a sequence.
+            norm: apply the model's final norm to the maps (a family that has none refuses).
+            stop_early: do not run what comes after the last map wanted.
+            output_fmt: ``NCHW`` or ``NHWC``.
+            intermediates_only: return the list of maps alone, not ``(forward_features(x), maps)``.
+
+        The map of an (H, W) image at stride s has ceil(H / s) rows and ceil(W / s) columns, unless the family says so.
+        """
+        raise NotImplementedError
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of `indices` do not need; returns the indices counted from the front."""
+        raise NotImplementedError
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for `num_classes`; 0 removes it, `forward` then returns features."""
+        raise NotImplementedError
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer of the head (`nn.Identity` after ``reset_classifier(0)``)."""
+        return self.head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters, beside biases and norms, that weight decay should leave alone."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort the parameters by depth, for layer-wise learning-rate decay."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def published_key(self, key: str) -> str:
+        """The name that the published implementation gives to our state_dict entry `key`."""
+        return key
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict under our names, tensors resized where size allows; the family's checkpoint filter."""
+        return state
+
+
+def pretrained_cfg(**overrides: Any) -> dict[str, Any]:
+    """timm's description of a variant's input and ends; no weights are hosted for the zoo's own models."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        **overrides,
+    }
+
+
+# What every family takes beside its config's fields (timm's names), and what timm's builder consumes itself.
+MODEL_ARGS = {"num_classes", "in_chans", "drop_rate", "global_pool"}
+BUILDER_ARGS = {"features_only", "out_indices", "feature_cls", "device", "dtype", "pretrained_cfg"}
+BUILDER_ARGS |= {"pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"}
+
+
+def build(
+    model_cls: type[nn.Module],
+    variant: str,
+    config: Any,
+    pretrained: bool = False,
+    model_args: set[str] = MODEL_ARGS,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a registered variant through timm's builder: config fields are replaced, timm's own arguments passed on.
+
+    Raises:
+        ZooError: a keyword is neither a field of the family's config nor one of timm's arguments.
+    """
+    fields = [field.name for field in dataclasses.fields(config)]
+    for name in kwargs:
+        if name not in {*fields, *model_args, *BUILDER_ARGS}:
+            known = [*fields, *sorted(model_args)]
+            raise ZooError(f"{variant}: unknown option '{name}'{near_matches(name, known)}; known: {', '.join(known)}")
+    try:
+        config = dataclasses.replace(config, **{name: kwargs.pop(name) for name in fields if name in kwargs})
+    except ZooError as error:
+        raise ZooError(f"{variant}: {error}") from None
+    if pretrained and not (kwargs.get("pretrained_cfg_overlay") or isinstance(kwargs.get("pretrained_cfg"), dict)):
+        # mmsegmentation's TIMMBackbone asks for pretrained weights unless told otherwise.
+        _logger.warning("%s: no pretrained weights are hosted; built with random weights.", variant)
+        pretrained = False
+    if kwargs.get("features_only"):
+        kwargs.setdefault("out_indices", tuple(range(model_cls.num_maps(config))))
+    elif kwargs.get("out_indices") is not None:
+        raise ZooError(f"{variant}: out_indices needs features_only=True")
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+    with torch.device(device) if device is not None else contextlib.nullcontext():
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            model_cfg=config,
+            feature_cfg={"feature_cls": "getter"},
+            pretrained_filter_fn=lambda state, model: model.from_published(state),
+            **kwargs,
+        )
+    return model if dtype is None else model.to(dtype)
+
+
+def check_size(img_size: Any) -> tuple[int, int]:
+    """Return an image size in pixels as (height, width); an int means a square.
+
+    Raises:
+        ZooError: it is no size, or a side is under 32 pixels.
+    """
+    size = tuple(img_size) if isinstance(img_size, list | tuple) else (img_size, img_size)
+    if len(size) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in size):
+        raise ZooError(f"img_size={img_size!r} must be an int or two ints (height, width)")
+    if min(size) < MIN_SIZE:
+        raise ZooError(f"img_size={img_size} is too small: each side needs {MIN_SIZE} pixels or more")
+    return size

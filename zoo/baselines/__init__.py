@@ -1,0 +1,1 @@
+"""Baselines of the papers' tables that timm does not have."""

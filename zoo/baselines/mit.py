@@ -1,0 +1,208 @@
+"""MiT, the Mix Transformer encoder of SegFormer (Xie et al., NeurIPS 2021): mmsegmentation's, behind our interface.
+
+Paper: https://arxiv.org/abs/2105.15203 (Table 6 of its appendix). mmsegmentation is imported when a MiT is built, not
+with the zoo. Its module reads values while it is built, so it is built on the CPU and then moved.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from zoo.backbone import Backbone, build, pretrained_cfg
+from zoo.errors import ZooError
+
+HEADS = (1, 2, 5, 8)  # per stage; a stage is embed_dim * heads wide
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class MiTConfig:
+    """What differs between B0 and B5. Raises ZooError for values that cannot work."""
+
+    embed_dim: int = 64  # channels per attention head
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)  # blocks per stage (strides 4, 8, 16, 32)
+    drop_path_rate: float = 0.1  # stochastic depth of the last block; grows linearly from 0
+    img_size: int | tuple[int, int] | None = None  # accepted for uniformity: MiT has no parameter that depends on it
+
+    def __post_init__(self):
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if len(self.depths) != 4 or min(self.depths) < 1 or self.embed_dim < 1:
+            raise ZooError(f"embed_dim={self.embed_dim}, depths={self.depths} must be positive, with four depths")
+
+
+class MiT(Backbone):
+    """`backbone` is mmsegmentation's MixVisionTransformer unchanged; the head is a mean over its last map, then Linear."""
+
+    def __init__(
+        self,
+        cfg: MiTConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        from mmseg.models.backbones import MixVisionTransformer
+
+        self.config = cfg
+        with torch.device("cpu"):
+            self.backbone = MixVisionTransformer(
+                in_channels=in_chans,
+                embed_dims=cfg.embed_dim,
+                num_layers=list(cfg.depths),
+                num_heads=list(HEADS),
+                sr_ratios=[8, 4, 2, 1],
+                drop_path_rate=cfg.drop_path_rate,
+            )
+        self.backbone.init_weights()
+        self.backbone.to(torch.get_default_device())
+        self.feature_info = [
+            {"num_chs": cfg.embed_dim * heads, "reduction": stride, "module": f"backbone.layers.{index}"}
+            for index, (heads, stride) in enumerate(zip(HEADS, STRIDES, strict=True))
+        ]
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+
+    @staticmethod
+    def num_maps(cfg: MiTConfig) -> int:
+        """How many maps `feature_info` describes."""
+        return 4
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the last map (B, 8 * embed_dim, ceil(H / 32), ceil(W / 32))."""
+        return self.backbone(x)[-1]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the map, Linear: (B, C, h, w) -> (B, num_classes)."""
+        if self.global_pool:
+            x = self.head_drop(x.mean((2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """See `Backbone.forward_intermediates`; strides 4, 8, 16, 32. All are normalised already (`norm` or not)."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        outputs = self.backbone(x)
+        maps = [outputs[index] for index in take]
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        return maps if intermediates_only else (outputs[-1], maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        shortened = deepest < len(self.backbone.layers) - 1
+        self.backbone.layers = self.backbone.layers[: deepest + 1]
+        self.backbone.out_indices = tuple(range(deepest + 1))
+        self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0)
+        return take
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ZooError(f"MiT: global_pool={global_pool!r} must be 'avg' or '' (none)")
+            self.global_pool = global_pool
+        weight = self.backbone.layers[0][0].projection.weight
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+        for stage in self.backbone.layers:
+            for block in stage[1]:
+                block.with_cp = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        stage = r"^(?:.*\.)?backbone\.layers\.(\d+)\."
+        if coarse:
+            return {"blocks": stage}
+        return {"blocks": [(stage + r"0", (-1,)), (stage + r"1\.(\d+)", None), (stage + r"2", (99999,))]}
+
+    def published_key(self, key: str) -> str:
+        return key.removeprefix("backbone.")
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"backbone.{key}" if key.startswith("layers.") else key: value for key, value in state.items()}
+
+
+VARIANTS = {
+    "mit_b0": MiTConfig(embed_dim=32, depths=(2, 2, 2, 2)),
+    "mit_b1": MiTConfig(depths=(2, 2, 2, 2)),
+    "mit_b2": MiTConfig(depths=(3, 4, 6, 3)),
+    "mit_b3": MiTConfig(depths=(3, 4, 18, 3)),
+    "mit_b4": MiTConfig(depths=(3, 8, 27, 3)),
+    "mit_b5": MiTConfig(depths=(3, 6, 40, 3)),
+    "test_mit": MiTConfig(embed_dim=8, depths=(1, 1, 1, 1)),
+}
+
+default_cfgs = generate_default_cfgs(
+    {name: pretrained_cfg(first_conv="backbone.layers.0.0.projection", classifier="head") for name in VARIANTS}
+)
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build(MiT, variant, VARIANTS[variant], pretrained, **kwargs)
+
+
+@register_model
+def mit_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MiT-B0, the encoder of SegFormer-B0."""
+    return _create("mit_b0", pretrained, **kwargs)
+
+
+@register_model
+def mit_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MiT-B1, the encoder of SegFormer-B1."""
+    return _create("mit_b1", pretrained, **kwargs)
+
+
+@register_model
+def mit_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MiT-B2, the encoder of SegFormer-B2."""
+    return _create("mit_b2", pretrained, **kwargs)
+
+
+@register_model
+def mit_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MiT-B3, the encoder of SegFormer-B3."""
+    return _create("mit_b3", pretrained, **kwargs)
+
+
+@register_model
+def mit_b4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MiT-B4, the encoder of SegFormer-B4."""
+    return _create("mit_b4", pretrained, **kwargs)
+
+
+@register_model
+def mit_b5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MiT-B5, the encoder of SegFormer-B5."""
+    return _create("mit_b5", pretrained, **kwargs)
+
+
+@register_model
+def test_mit(**kwargs: Any) -> nn.Module:
+    """A MiT for tests: 8 channels per head, one block per stage."""
+    return _create("test_mit", **kwargs)

@@ -1,0 +1,502 @@
+"""HiViT: A Simpler and More Efficient Design of Hierarchical Vision Transformer (Zhang et al., ICLR 2023).
+
+Paper: https://arxiv.org/abs/2205.14949 (section 3, Appendix A, Table 7). Where the paper and the published
+implementation differ, the numbers follow the implementation: the main stage has a learned absolute position embedding
+beside its relative position bias, and one "block" of the first two stages is two MLP units.
+
+The first two stages only mix channels and merge neighbours inside each 16x16 patch, so a patch is one row of every
+tensor, (B, patches, positions inside the patch, channels): masked image modeling simply leaves rows out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_, use_fused_attn
+from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from zoo.backbone import Backbone, build, check_size, pretrained_cfg
+from zoo.errors import ZooError
+from zoo.recompute import recompute
+from zoo.relative_position import BiasCache, Grid, expand_table, resize_table
+
+PATCH = 16  # pixels: side of the patch that becomes one token of the main stage
+POSITION_GRID: Grid = (14, 14)  # tokens: the absolute position embedding is always stored for 224 pixels
+FUSED_MIN_TOKENS = 256  # below, torch's fused attention kernel is no faster on a CPU (measured)
+BIAS_CACHE_BYTES = 2 * 2**30  # per model: expanded biases kept for inference
+
+
+@dataclass(frozen=True)
+class HiViTConfig:
+    """What a HiViT is made of; the names of Table 7 spelled out. Raises ZooError for values that cannot work."""
+
+    embed_dim: int = 512  # channels of the main stage (stride 16); the first two stages have a quarter and a half
+    depths: tuple[int, int, int] = (2, 2, 20)  # blocks per stage (strides 4, 8, 16); in the first two, two MLPs each
+    num_heads: int = 8  # attention heads of the main stage
+    shallow_mlp_ratio: float = 3.0  # hidden width over width, MLP units of the first two stages
+    mlp_ratio: float = 4.0  # hidden width over width, blocks of the main stage
+    drop_path_rate: float = 0.5  # stochastic depth of the last block; grows linearly from 0 over all units
+    img_size: int | tuple[int, int] = 224  # pixels: the relative tables cover this size exactly, others interpolate
+    relative_position_bias: bool = True  # a bias table in every main block (Table 2, row b)
+    absolute_position: bool = True  # a learned embedding added at the main stage
+    published_taps: bool = False  # dense maps where the published segmentation code takes them (strides 4 to 32)
+
+    def __post_init__(self):
+        object.__setattr__(self, "depths", tuple(self.depths))
+        check_size(self.img_size)
+        if len(self.depths) != 3 or min(self.depths) < 0 or self.depths[2] < 1:
+            raise ZooError(f"depths={self.depths} must be three numbers of blocks, the last at least 1")
+        if self.embed_dim < 4 or self.embed_dim % 4:
+            raise ZooError(f"embed_dim={self.embed_dim} must be a positive multiple of 4")
+        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+            raise ZooError(f"num_heads={self.num_heads} must divide embed_dim={self.embed_dim}")
+        if not (self.shallow_mlp_ratio > 0 and self.mlp_ratio > 0):
+            raise ZooError("mlp_ratio and shallow_mlp_ratio must be positive")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
+        if self.published_taps and not 1 <= self.depths[0] <= self.depths[1]:
+            raise ZooError(f"published_taps=True needs 1 <= depths[0] <= depths[1], not depths={self.depths}")
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=1e-6)
+
+
+class PatchEmbed(nn.Module):
+    """4x4 pixels -> one vector, as a matrix product on patches that are already cut out of the image.
+
+    The 16 positions of a 16x16 patch are ordered so that both merges join neighbours in memory: by the (column, row) of
+    its 8x8 quarter, then by the (column, row) inside the quarter.
+    """
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4)
+        self.norm = layer_norm(dim)
+
+    @staticmethod
+    def cut(images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> a view (B, H/16, W/16, 2, 2, 2, 2, 3, 4, 4) of their patches; no copy."""
+        b, c, h, w = images.shape
+        pixels = images.reshape(b, c, h // PATCH, 2, 2, 4, w // PATCH, 2, 2, 4)
+        return pixels.permute(0, 2, 6, 7, 3, 8, 4, 1, 5, 9)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Cut patches (B, patches, 16, 3 * 4 * 4) -> (B, patches, 16, dim)."""
+        return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear; autograd keeps the hidden features once, before the GELU."""
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(dim * ratio))
+        self.fc2 = nn.Linear(int(dim * ratio), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recompute(self._second_half, self.fc1(x))
+
+    def _second_half(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(hidden))
+
+
+class MlpUnit(nn.Module):
+    """Half a block of the first two stages: a residual MLP, position by position (section 3.2, step c)."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim, mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerge(nn.Module):
+    """2x2 neighbours -> one position of twice the width."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = layer_norm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, positions, c = x.shape  # the order inside a patch makes the concatenation a view
+        return self.reduction(self.norm(x.reshape(b, n, positions // 4, 4 * c)))
+
+
+class Attention(nn.Module):
+    """Global multi-head self-attention with a relative position bias (or, without `table_grid`, none)."""
+
+    def __init__(self, dim: int, num_heads: int, table_grid: Grid | None = None, cache_bytes: int = 0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.table_grid = table_grid
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table: nn.Parameter | None = None
+        if table_grid is not None:
+            h, w = table_grid
+            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), num_heads))
+            self._bias_cache = BiasCache(cache_bytes)
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Tokens (B, N, C), rows of the `grid` that the bias refers to, -> (B, N, C)."""
+        b, n, c = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)
+        table = self.relative_position_bias_table
+        if self._fuse(x):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head width)
+            bias = None if table is None else self._bias(table, grid, q.dtype)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None])
+            x = x.transpose(1, 2).reshape(b, n, c)
+        elif n >= FUSED_MIN_TOKENS and self.training:  # the attention maps would be most of what autograd keeps
+            x = recompute(lambda qkv: self._explicit(qkv, grid), qkv)
+        else:
+            x = self._explicit(qkv, grid)
+        return self.proj(x)
+
+    def _fuse(self, x: Tensor) -> bool:
+        """Whether torch's fused kernel wins; on a CPU it has no backward pass for the bias and needs many tokens."""
+        table = self.relative_position_bias_table
+        trains_bias = table is not None and table.requires_grad and torch.is_grad_enabled()
+        return use_fused_attn() and (not x.is_cpu or (x.shape[1] >= FUSED_MIN_TOKENS and not trains_bias))
+
+    def _explicit(self, qkv: Tensor, grid: Grid | None) -> Tensor:
+        b, n, _, heads, width = qkv.shape
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
+        if self.relative_position_bias_table is not None:
+            logits = logits + self._bias(self.relative_position_bias_table, grid, logits.dtype)
+        return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(b, n, heads * width)
+
+    def _bias(self, table: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        def expand() -> Tensor:
+            return expand_table(resize_table(table, self.table_grid, grid).to(dtype), grid)
+
+        return expand() if self.training else self._bias_cache.get(table, grid, dtype, expand)
+
+    def train(self, mode: bool = True) -> "Attention":
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Attention":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _forget(self) -> None:
+        if self.table_grid is not None:
+            self._bias_cache.clear()
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block of the main stage."""
+
+    def __init__(self, dim: int, attention: Attention, mlp_ratio: float, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = layer_norm(dim)
+        self.attn = attention
+        self.norm2 = layer_norm(dim)
+        self.mlp = Mlp(dim, mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), grid))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class HiViT(Backbone):
+    """HiViT image classifier and dense backbone.
+
+    Any image size works: images are zero-padded on the right and bottom to multiples of 16 and the position information
+    is interpolated; maps are cropped to ceil(side / stride), so that they lie on the image and not on its padding.
+    """
+
+    def __init__(
+        self,
+        cfg: HiViTConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        self.config = cfg
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dim = cfg.embed_dim
+        self.table_grid = tuple(-(-side // PATCH) for side in check_size(cfg.img_size))
+
+        shallow = 2 * cfg.depths[0], 2 * cfg.depths[1]  # MLP units
+        self.main_start = sum(shallow) + 2
+        rates = drop_path_rates(cfg)
+        self.patch_embed = PatchEmbed(in_chans, dim // 4)
+        blocks: list[nn.Module] = []
+        for width, units in zip((dim // 4, dim // 2), shallow, strict=True):
+            blocks += [MlpUnit(width, cfg.shallow_mlp_ratio, next(rates)) for _ in range(units)]
+            blocks += [PatchMerge(width)]
+        for _ in range(cfg.depths[2]):
+            table_grid = self.table_grid if cfg.relative_position_bias else None
+            attention = Attention(dim, cfg.num_heads, table_grid, BIAS_CACHE_BYTES // cfg.depths[2])
+            blocks += [Block(dim, attention, cfg.mlp_ratio, next(rates))]
+        self.blocks = nn.ModuleList(blocks)  # one flat list, as in the published checkpoints
+        self.absolute_pos_embed: nn.Parameter | None = None
+        if cfg.absolute_position:
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, POSITION_GRID[0] * POSITION_GRID[1], dim))
+
+        last = len(blocks) - 1
+        self.stage_ends = shallow[0] - 1, self.main_start - 2, last  # -1: the patch embedding
+        taps = self.stage_ends
+        if cfg.published_taps:
+            # The published segmentation code counts one unit per block where there are two: its first map leaves out
+            # the stage's later half, and its second is taken before the second stage has begun. Its checkpoints were
+            # trained so. The fourth map is the third, max-pooled.
+            taps = cfg.depths[0] - 1, cfg.depths[0] + cfg.depths[1], last, last
+        self.taps = taps
+        self.feature_info = [
+            {"num_chs": channels, "reduction": stride, "module": f"blocks.{tap}" if tap >= 0 else "patch_embed"}
+            for channels, stride, tap in zip((dim // 4, dim // 2, dim, dim), (4, 8, 16, 32), taps, strict=False)
+        ]
+
+        self.fc_norm = layer_norm(dim)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.reset_pool(global_pool)
+        self.apply(init_weights)
+        if self.absolute_pos_embed is not None:
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    @staticmethod
+    def num_maps(cfg: HiViTConfig) -> int:
+        """How many maps `feature_info` describes."""
+        return 4 if cfg.published_taps else 3
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the main stage's map (B, C, ceil(H / 16), ceil(W / 16)); no norm follows it."""
+        return self._forward(x, (), len(self.blocks) - 1)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the tokens, LayerNorm, Linear: (B, C, h, w) -> (B, num_classes)."""
+        if self.global_pool:
+            x = self.head_drop(self.fc_norm(x.mean((2, 3))))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """See `Backbone.forward_intermediates`; maps at strides 4, 8, 16 (`published_taps`: and 32, rounded down)."""
+        if norm:
+            raise ZooError("HiViT has no norm before its pooling: norm=True cannot be applied to its maps")
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
+        take, deepest = feature_take_indices(len(self.taps), indices)
+        last = self.taps[deepest] if stop_early or intermediates_only else len(self.blocks) - 1
+        x, maps = self._forward(x, [self.taps[index] for index in take], last)
+        maps = [F.max_pool2d(m, 2) if index == 3 else m for index, m in zip(take, maps, strict=True)]
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        return maps if intermediates_only else (x, maps)
+
+    def _forward(self, images: Tensor, taps: list[int] | tuple[int, ...], last: int) -> tuple[Tensor, list[Tensor]]:
+        """Run up to block `last`; returns its map and the maps after the blocks `taps`, all NCHW."""
+        height, width = images.shape[-2:]
+        if height % PATCH or width % PATCH:
+            images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
+        patches = self.patch_embed.cut(images)
+        grid = tuple(patches.shape[1:3])
+        patches = patches.reshape(patches.shape[0], grid[0] * grid[1], PATCH, -1)
+        maps: dict[int, Tensor] = {}
+        for index, x in self.run_blocks(self.patch_embed(patches), self.position(grid), grid, last):
+            if index in taps or index == last:
+                maps[index] = to_map(x, grid, (height, width))
+        return maps[last], [maps[tap] for tap in taps]
+
+    def run_blocks(
+        self, x: Tensor, position: Tensor | None, grid: Grid | None, last: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index, output) of the embedding (-1) and of each block up to `last`.
+
+        `x` is (B, patches, 16, C/4); the main stage's outputs are (B, patches, C). `position` is added where it starts.
+        Patches may be any subset of the image's when the model has no relative bias (then `grid` is None).
+        """
+        yield -1, x
+        for index, block in enumerate(self.blocks[: last + 1]):
+            args = ()
+            if index >= self.main_start:
+                args = (grid,)
+                if index == self.main_start:
+                    x = x.squeeze(2) if position is None else x.squeeze(2) + position
+            x = self.run_block(block, x, *args)
+            yield index, x
+
+    def run_block(self, block: nn.Module, *args: Any) -> Tensor:
+        """Call a block, under gradient checkpointing where that is on."""
+        return checkpoint(block, *args) if self.grad_checkpointing and torch.is_grad_enabled() else block(*args)
+
+    def position(self, grid: Grid) -> Tensor | None:
+        """The absolute position embedding (1, h * w, C) of a grid of patches, interpolated as published."""
+        embedding = self.absolute_pos_embed
+        if embedding is None or grid == POSITION_GRID:
+            return embedding
+        embedding = embedding.reshape(1, *POSITION_GRID, -1).permute(0, 3, 1, 2)
+        # The 0.1 guards the rounding of the size; being passed as the scale, it also shifts the samples, as published.
+        scale = tuple((new + 0.1) / old for new, old in zip(grid, POSITION_GRID, strict=True))
+        return F.interpolate(embedding, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        take, deepest = feature_take_indices(len(self.taps), indices)
+        last = self.taps[deepest]
+        shortened = last < len(self.blocks) - 1
+        self.blocks = self.blocks[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
+        if last < self.main_start:
+            self.absolute_pos_embed = None
+        if prune_head or shortened:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0)
+        return take
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.reset_pool(global_pool)
+        weight = self.patch_embed.proj.weight
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+            init_weights(self.head)
+
+    def reset_pool(self, global_pool: str) -> None:
+        """Set the pooling of the head: ``avg``, or an empty string for none."""
+        if global_pool not in ("avg", ""):
+            raise ZooError(f"HiViT: global_pool={global_pool!r} must be 'avg' or '' (none)")
+        self.global_pool = global_pool
+
+    def no_weight_decay(self) -> set[str]:
+        tables = ("absolute_pos_embed", "relative_position_bias_table")
+        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {
+            "stem": r"^(?:.*\.)?(?:patch_embed|absolute_pos_embed)",
+            "blocks": [(r"^(?:.*\.)?blocks\.(\d+)", None), (r"^(?:.*\.)?fc_norm", (99999,))],
+        }
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return checkpoint_filter_fn(state, self)
+
+
+def drop_path_rates(cfg: HiViTConfig) -> Iterator[float]:
+    """Stochastic depth per unit, linear from 0 to the configured rate: two per shallow block, one per main block."""
+    units = 2 * cfg.depths[0] + 2 * cfg.depths[1] + cfg.depths[2]
+    return iter([cfg.drop_path_rate * unit / max(units - 1, 1) for unit in range(units)])
+
+
+def to_map(x: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+    """Rows of patches (B, patches, 16 | 4, C) or (B, patches, C) -> the map (B, C, h, w) of an image of `size`."""
+    b, c = x.shape[0], x.shape[-1]
+    if x.ndim == 3 or x.shape[2] == 1:
+        stride, x = 16, x.reshape(b, *grid, c)
+    elif x.shape[2] == 4:
+        stride, x = 8, x.view(b, *grid, 2, 2, c).permute(0, 1, 4, 2, 3, 5)
+    else:
+        stride, x = 4, x.view(b, *grid, 2, 2, 2, 2, c).permute(0, 1, 4, 6, 2, 3, 5, 7)
+    side = PATCH // stride
+    x = x.reshape(b, grid[0] * side, grid[1] * side, c)
+    return x[:, : -(-size[0] // stride), : -(-size[1] // stride)].permute(0, 3, 1, 2)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear layers and relative tables: truncated normal, deviation 0.02; biases 0; the rest is PyTorch's default."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Attention) and module.relative_position_bias_table is not None:
+        trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
+    """A published state dict (classifier, dense backbone or MAE) as ours: same names, positions fitted to the model.
+
+    The index buffers are left out (they follow from the size). Relative tables of another size are resized by BEiT's
+    geometric interpolation, absolute positions of another size bicubically.
+    """
+    fitted = {}
+    for key, value in state.items():
+        if key.endswith("relative_position_index"):
+            continue
+        if key.endswith("relative_position_bias_table"):
+            side = (round(value.shape[0] ** 0.5) + 1) // 2
+            if (2 * side - 1) ** 2 == value.shape[0]:
+                value = resize_table(value, (side, side), model.table_grid)
+        elif key == "absolute_pos_embed" and value.shape[1] != POSITION_GRID[0] * POSITION_GRID[1]:
+            side = round(value.shape[1] ** 0.5)
+            if side * side == value.shape[1]:
+                old = value.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+                value = F.interpolate(old, size=POSITION_GRID, mode="bicubic").flatten(2).transpose(1, 2)
+        fitted[key] = value
+    return fitted
+
+
+VARIANTS = {
+    "hivit_tiny": HiViTConfig(embed_dim=384, depths=(1, 1, 10), num_heads=6, drop_path_rate=0.05),
+    "hivit_small": HiViTConfig(embed_dim=384, depths=(2, 2, 20), num_heads=6, drop_path_rate=0.3),
+    "hivit_base": HiViTConfig(embed_dim=512, depths=(2, 2, 20), num_heads=8, drop_path_rate=0.5),
+    # The paper trains no large model with labels and gives no drop path rate for it: the base model's is used.
+    "hivit_large": HiViTConfig(embed_dim=768, depths=(4, 4, 36), num_heads=12, drop_path_rate=0.5),
+    "test_hivit": HiViTConfig(embed_dim=32, depths=(1, 1, 2), num_heads=2, drop_path_rate=0.1, img_size=64),
+}
+
+default_cfgs = generate_default_cfgs(
+    {name: pretrained_cfg(first_conv="patch_embed.proj", classifier="head") for name in VARIANTS}
+)
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build(HiViT, variant, VARIANTS[variant], pretrained, **kwargs)
+
+
+@register_model
+def hivit_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """HiViT-T: 19.2 M parameters, 4.6 GMACs at 224 (Table 7)."""
+    return _create("hivit_tiny", pretrained, **kwargs)
+
+
+@register_model
+def hivit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """HiViT-S: 37.5 M parameters, 9.1 GMACs at 224 (Table 7)."""
+    return _create("hivit_small", pretrained, **kwargs)
+
+
+@register_model
+def hivit_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """HiViT-B: 66.4 M parameters, 15.9 GMACs at 224 (Table 7)."""
+    return _create("hivit_base", pretrained, **kwargs)
+
+
+@register_model
+def hivit_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """HiViT-L: 266.8 M parameters, 63.8 GMACs at 224 (Table 7)."""
+    return _create("hivit_large", pretrained, **kwargs)
+
+
+@register_model
+def test_hivit(**kwargs: Any) -> nn.Module:
+    """A HiViT for tests: 64 pixels, 32 channels, two main blocks."""
+    return _create("test_hivit", **kwargs)
