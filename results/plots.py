@@ -182,7 +182,7 @@ def _compose(panels: Sequence[Panel], unlabelled: Sequence[str]) -> tuple[Figure
         axes.remove()
     for axes, panel in zip(grid, panels, strict=False):
         _draw_points(axes, panel, looks, size)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")  # Labels are placed in pixels: from here on nothing may move.
     left_out: list[str] = []
     for axes, panel in zip(grid, panels, strict=False):
@@ -260,17 +260,17 @@ def _set_limits(axes: Axes, panel: Panel, points: np.ndarray) -> None:
         room = (x.max() / x.min()) ** 0.12
         axes.set_xlim(x.min() / room, x.max() * room)
     else:
-        room = max(0.14 * (x.max() - x.min()), 0.1 * x.max())
+        room = max(0.14 * (x.max() - x.min()), 0.2 * x.max())
         axes.set_xlim(max(0.0, x.min() - room), x.max() + room)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
     axes.xaxis.set_major_formatter(plain)
     low, high = y.min(), y.max()
     trivial = _trivial(panel)
     if trivial is not None and not _is_far(trivial, y):
         low, high = min(low, trivial), max(high, trivial)
-    room = max(0.12 * (high - low), 1.0)
+    room = max(0.12 * (high - low), 2.5)
     axes.set_ylim(low - room, high + room)  # May pass 100: a label above the best point needs the room.
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 0 <= value <= 100 else ""))
 
 
@@ -377,20 +377,22 @@ def _add_footer(figure: Figure, looks: Mapping[str, tuple[str, str]], caption: s
         for family, (colour, marker) in looks.items()
     ]
     handles.append(Line2D([], [], color="0.45", linewidth=1.2, label="Pareto front (best for its cost)"))
-    families = (handle.get_label() for handle in handles[:-1])
-    columns = max(1, min(len(handles), int(width * 72 / (size * (max(map(len, families)) * 0.6 + 4)))))
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        bbox_to_anchor=(0.5, text_height + 0.008),
-        ncols=columns,
-        frameon=False,
-        fontsize=size,
-        handletextpad=0.4,
-        columnspacing=1.4,
-    )
-    rows = -(-len(handles) // columns)
-    return text_height + 0.008 + (rows * 1.55 + 0.9) * size / 72 / height
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            handles=handles,
+            loc="lower center",
+            bbox_to_anchor=(0.5, text_height + 0.008),
+            ncols=columns,
+            frameon=False,
+            fontsize=size,
+            handletextpad=0.4,
+            columnspacing=1.4,
+        )
+        extent = legend.get_window_extent()
+        if extent.width < 0.98 * figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    return extent.y1 / figure.bbox.height
 
 
 def _write(panels: Sequence[Panel], path: Path, title: str) -> Plot:
