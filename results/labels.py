@@ -49,8 +49,8 @@ def place(
     """Annotate the points of `axes`, whose layout and limits must be final.
 
     `obstacles` are boxes (x0, y0, x1, y1) in pixels that stay free. `lines` are sequences of points (n, 2) in pixels
-    that a label should rather not cover. `marker_size` is the diameter of a point and `sizes` are the font sizes to try,
-    in points. Returns the annotations, and the texts that found no place at the smallest size and were left out.
+    that a label should rather not cover. `marker_size` is the diameter of a point, `sizes` are the font sizes to try;
+    both in points. Returns the annotations, and the texts that found no place at the smallest size and were left out.
     """
     figure = axes.figure
     scale = figure.dpi / 72  # pixels per point

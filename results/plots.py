@@ -44,7 +44,7 @@ COLOURS = ("#0060a8", "#c44e00", "#00795a", "#a3317f", "#6b4c9a", "#8a6100", "#4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "*", "<", ">")
 NOUN = {"classification": "Top-1 accuracy", "segmentation": "Mean IoU"}
 FAR = 4.0  # A trivial baseline so many times the range of the points below them is written, not drawn to scale.
-OVERVIEW_LABELS = 10  # In the small panels of the overview only so many points have a name.
+CROWD = 10  # Small panels of the overview with more points than this name only those on the Pareto front.
 TRIVIAL = {"classification": "trivial (most frequent class)", "segmentation": "trivial (all background)"}
 
 
@@ -186,7 +186,7 @@ def _compose(panels: Sequence[Panel], unlabelled: Sequence[str]) -> tuple[Figure
     figure.set_layout_engine("none")  # Labels are placed in pixels: from here on nothing may move.
     left_out: list[str] = []
     for axes, panel in zip(grid, panels, strict=False):
-        left_out += _draw_labels(axes, panel, looks, size - 1, None if single else OVERVIEW_LABELS)
+        left_out += _draw_labels(axes, panel, looks, size - 1, all_names=single or len(panel.rows) <= CROWD)
     return figure, list(dict.fromkeys(left_out))
 
 
@@ -275,11 +275,10 @@ def _set_limits(axes: Axes, panel: Panel, points: np.ndarray) -> None:
 
 
 def _draw_labels(
-    axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]], size: float, limit: int | None
+    axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]], size: float, all_names: bool
 ) -> list[str]:
-    """Name the points, those on the front first; returns the names that found no place."""
+    """Name the points, or only those on the front; returns the names that found no place."""
     front = pareto_front(panel.points)
-    ranked = sorted(range(len(panel.rows)), key=lambda i: (i not in front, -panel.points[i][1]))[:limit]
     wanted = [
         Label(
             shorten(panel.names[i], 34 if len(panel.names) <= 12 else 26),
@@ -287,7 +286,7 @@ def _draw_labels(
             looks[panel.rows[i].family][0],
             rank=i not in front,
         )
-        for i in ranked
+        for i in (range(len(panel.rows)) if all_names else front)
     ]
     everywhere = axes.transData.transform(panel.points)
     half = _diameter(size + 1) * axes.figure.dpi / 72 / 2
@@ -360,8 +359,8 @@ def _caption(panels: Sequence[Panel], unlabelled: Sequence[str]) -> str:
         sentences.append(f"Left off, because a number is missing: {_listed(omitted)}.")
     if unlabelled:
         sentences.append(f"Without a label for lack of room: {_listed(unlabelled)}.")
-    if len(panels) > 1 and any(len(panel.rows) > OVERVIEW_LABELS for panel in panels):
-        sentences.append(f"At most {OVERVIEW_LABELS} names in each panel; the single plots name all.")
+    if len(panels) > 1 and any(len(panel.rows) > CROWD for panel in panels):
+        sentences.append("Crowded panels name only the models on the Pareto front; the single plots name all.")
     return " ".join(sentences)
 
 
@@ -373,11 +372,12 @@ def _add_footer(figure: Figure, looks: Mapping[str, tuple[str, str]], caption: s
     if wrapped:
         figure.text(0.015, 0.012, "\n".join(wrapped), fontsize=size, color="0.35", va="bottom", linespacing=1.2)
     handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", markersize=size * 0.75, label=family)
+        Line2D([], [], color=colour, marker=marker, linestyle="", markersize=size * 0.75, label=shorten(family, 20))
         for family, (colour, marker) in looks.items()
     ]
     handles.append(Line2D([], [], color="0.45", linewidth=1.2, label="Pareto front (best for its cost)"))
-    for columns in range(len(handles), 0, -1):
+    for rows in range(1, len(handles) + 1):
+        columns = -(-len(handles) // rows)
         legend = figure.legend(
             handles=handles,
             loc="lower center",
