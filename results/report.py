@@ -100,9 +100,8 @@ def _page(records: Sequence[Record], drawn: Any, content: dict[str, Any], files:
                 for plot in drawn.plots
                 if plot.name.startswith(kind)
             ]
-            links = [
-                path.relative_to(output).as_posix() for path in files if kind in path.stem and path.suffix != ".svg"
-            ]
+            own = [path for path in files if path.stem.removeprefix("leaderboard_").startswith(kind)]
+            links = [path.relative_to(output).as_posix() for path in own if path.suffix != ".svg"]
             sections.append({"id": kind, "table": tables.display(rows, kind), "plots": figures, "links": links})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
