@@ -167,7 +167,7 @@ def figure(panels: Sequence[Panel]) -> Figure:
 def _compose(panels: Sequence[Panel], unlabelled: Sequence[str]) -> tuple[Figure, list[str]]:
     """The figure, and the names of points that found no place for a label."""
     single = len(panels) == 1
-    size = 9.5 if single else 7.5  # points; the figure is shown at about half its pixels
+    size = 9.5 if single else 8.5  # points; the figure is shown at about half its pixels
     lines = -(-len(panels) // 2)
     crowd = max(len(panel.rows) for panel in panels)
     height = 5.2 + 0.1 * max(0, crowd - 10) if single else 0.7 + 3.1 * lines
@@ -238,10 +238,12 @@ def _draw_points(axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]],
         zorder=3,
         ax=axes,
     )
-    axes.set_title(panel.title, loc="left", fontsize=size + 1.5, fontweight="bold", pad=size * 1.9)
-    width = 100 if len(axes.figure.axes) == 1 else 60  # letters
+    single = len(axes.figure.axes) == 1
+    width = 100 if single else 54  # letters
+    axes.set_title(panel.title, loc="left", fontsize=size + (1.5 if single else 0.5), fontweight="bold", pad=size * 1.9)
     above = {"xytext": (0, size * 0.6), "textcoords": "offset points", "xycoords": "axes fraction"}
-    axes.annotate(shorten(panel.subtitle, width), (0, 1), fontsize=size - 1, color="0.4", **above)
+    subtitle = axes.annotate(shorten(panel.subtitle, width), (0, 1), fontsize=size - 1, color="0.4", **above)
+    subtitle.set_in_layout(False)  # The title's padding is its room; a long one must not narrow the axes.
     place_of_measurement = f"\non {shorten(panel.hardware, width)}" if panel.hardware else ""
     axes.set_xlabel(panel.axis.label + place_of_measurement, fontsize=size)
     axes.set_ylabel(f"{NOUN[panel.task]} (%)", fontsize=size)

@@ -64,7 +64,7 @@ _SCORES = {
         Column("baseline_mIoU", "Trivial mIoU", "%", percent=True),
     ),
 }
-COLUMNS = {task: (*_COST, *_SPEED, *_SCORES[task]) for task in TASKS} | {"cost": (*_COST, *_SPEED, *_TRAIN_SPEED)}
+COLUMNS = {task: (*_SCORES[task], *_COST, *_SPEED) for task in TASKS} | {"cost": (*_COST, *_SPEED, *_TRAIN_SPEED)}
 _COLUMNS_OF = {
     "cost": _COST,
     "speed": (*_SPEED, *_TRAIN_SPEED),
