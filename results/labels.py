@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 # Where to try a label, as (distance in points, directions in degrees): beside and above the point first.
-RINGS = ((5, (0, 180, 90, 270, 45, 315, 135, 225)), (12, range(0, 360, 30)), (22, range(0, 360, 20)))
+RINGS = (
+    (4, (0, 180, 90, 270, 45, 315, 135, 225)),
+    (6, range(0, 360, 15)),
+    (12, range(0, 360, 30)),
+    (22, range(0, 360, 20)),
+)
 GRID = (48, 64)  # columns and rows of the search over the whole plot, when no place near the point is free
 PADDING = 1.5  # points between a label and anything else
 LEADER = 9.0  # points from which on a line ties the label to its point
@@ -60,15 +65,14 @@ def place(
     soft = np.concatenate([_dense(line, 3 * scale) for line in lines]) if lines else np.empty((0, 2))
     inside = axes.get_window_extent().padded(-PADDING * scale)
     bounds = np.array([inside.x0, inside.y0, inside.x1, inside.y1])
-    order = sorted(range(len(labels)), key=lambda i: (labels[i].rank, -points[i][1], points[i][0], labels[i].text))
+    # Labels choose one after another, so the order matters: a few are tried, and the cheapest outcome is kept.
+    ways = ((-points[:, 1], points[:, 0]), (points[:, 0], points[:, 1]), (-points[:, 0], points[:, 1]))
+    orders = [sorted(range(len(labels)), key=lambda i: (labels[i].rank, a[i], b[i])) for a, b in ways]
+    placed: dict[int, np.ndarray] = {}
     for size in sizes:
-        extents = _extents(axes, labels, size)
-        placed: dict[int, np.ndarray] = {}
-        for i in order:
-            taken = np.array([*fixed, *placed.values()])
-            box = _free_box(points[i], extents[i] + 2 * PADDING * scale, taken, soft, bounds, half, scale)
-            if box is not None:
-                placed[i] = box
+        extents = _extents(axes, labels, size) + 2 * PADDING * scale
+        outcomes = [_place_all(order, points, extents, fixed, soft, bounds, half, scale) for order in orders]
+        placed, _ = min(outcomes, key=lambda outcome: (-len(outcome[0]), outcome[1]))
         if len(placed) == len(labels):
             break
     annotations = [_annotate(axes, labels[i], points[i], placed[i], size, half, scale) for i in sorted(placed)]
@@ -84,6 +88,28 @@ def _extents(axes: "Axes", labels: Sequence[Label], size: float) -> np.ndarray:
     return np.array([(box.width, box.height) for box in boxes]).reshape(-1, 2)
 
 
+def _place_all(
+    order: Sequence[int],
+    points: np.ndarray,
+    extents: np.ndarray,
+    fixed: np.ndarray,
+    soft: np.ndarray,
+    bounds: np.ndarray,
+    half: float,
+    scale: float,
+) -> tuple[dict[int, np.ndarray], float]:
+    """The boxes of all labels that find a place, choosing in this order, and what their places cost together."""
+    placed: dict[int, np.ndarray] = {}
+    total = 0.0
+    for i in order:
+        taken = np.array([*fixed, *placed.values()])
+        box, cost = _free_box(points[i], extents[i], taken, soft, bounds, half, scale)
+        if box is not None:
+            placed[i] = box
+            total += cost
+    return placed, total
+
+
 def _free_box(
     point: np.ndarray,
     extent: np.ndarray,
@@ -92,8 +118,8 @@ def _free_box(
     bounds: np.ndarray,
     half: float,
     scale: float,
-) -> np.ndarray | None:
-    """The best box of `extent` pixels that is free: near the point, off the lines; None where the plot is full."""
+) -> tuple[np.ndarray | None, float]:
+    """The best box of `extent` pixels that is free, and its cost: near the point, off the lines; None if all is full."""
     boxes, distances = [], []
     for distance, directions in RINGS:
         for angle in np.radians(list(directions)):
@@ -103,7 +129,7 @@ def _free_box(
             boxes.append(np.concatenate([centre - extent / 2, centre + extent / 2]))
             distances.append(distance)
     near = _best(np.array(boxes), np.array(distances, float), taken, soft, bounds)
-    if near is not None:
+    if near[0] is not None:
         return near
     columns, rows = GRID
     x = np.linspace(bounds[0], bounds[2] - extent[0], columns)
@@ -116,15 +142,15 @@ def _free_box(
 
 def _best(
     boxes: np.ndarray, distances: np.ndarray, taken: np.ndarray, soft: np.ndarray, bounds: np.ndarray
-) -> np.ndarray | None:
+) -> tuple[np.ndarray | None, float]:
     free = (boxes[:, :2] >= bounds[:2]).all(1) & (boxes[:, 2:] <= bounds[2:]).all(1)
     apart = (boxes[:, None, :2] >= taken[None, :, 2:]) | (boxes[:, None, 2:] <= taken[None, :, :2])
     free &= apart.any(2).all(1)
     if not free.any():
-        return None
+        return None, 0.0
     covered = (soft[None] > boxes[:, None, :2]) & (soft[None] < boxes[:, None, 2:])
-    cost = distances + 2.0 * covered.all(2).sum(1)
-    return boxes[np.where(free, cost, np.inf).argmin()]
+    cost = np.where(free, distances + 2.0 * covered.all(2).sum(1), np.inf)
+    return boxes[cost.argmin()], float(cost.min())
 
 
 def _annotate(

@@ -259,10 +259,10 @@ def _set_limits(axes: Axes, panel: Panel, points: np.ndarray) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        room = (x.max() / x.min()) ** 0.12
+        room = (x.max() / x.min()) ** 0.15
         axes.set_xlim(x.min() / room, x.max() * room)
     else:
-        room = max(0.14 * (x.max() - x.min()), 0.2 * x.max())
+        room = max(0.18 * (x.max() - x.min()), 0.2 * x.max())
         axes.set_xlim(max(0.0, x.min() - room), x.max() + room)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
     axes.xaxis.set_major_formatter(plain)

@@ -119,12 +119,12 @@ def format_cell(column: Column, cell: Cell, interval: bool = True) -> str:
 
 
 def best_rows(column: Column, rows: Sequence[Row]) -> set[int]:
-    """The rows that hold the best value among rows of the same task and data; none where fewer than two have one."""
+    """The rows that hold the best value among rows of the same task and data; none where all are the same."""
     best: set[int] = set()
     for group in {(row.task, row.data) for row in rows}:
         members = [i for i, row in enumerate(rows) if (row.task, row.data) == group]
         values = {i: value for i in members if (value := rows[i].cells[column.name].value) is not None}
-        if column.best and len(values) > 1:
+        if column.best and len(set(values.values())) > 1:
             winner = (min if column.best == "min" else max)(values.values())
             best |= {i for i, value in values.items() if value == winner}
     return best
