@@ -76,7 +76,8 @@ def count(
     image = torch.empty((1, *input_size), dtype=dtype, device="meta")
     flops = FlopCounterMode(display=False)
     watch = _Watch(flops.flop_registry)
-    with _neutral_switches(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    # Not inference mode, in which torch takes linear layers apart in another way.
+    with _neutral_switches(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         try:
             with watch, flops:  # the later one acts first and hands on what it has decomposed
                 _Call(ghost, forward)(image)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import psutil
@@ -111,7 +110,7 @@ def measure(
     repeats: int = 20,
     warmup: int = 3,
     min_seconds: float = 0.0,
-    max_seconds: float = 30.0,
+    max_seconds: float = 20.0,
     train_step: bool = True,
     yardstick: nn.Module | None = None,
     threads: int | None = None,
@@ -136,6 +135,7 @@ def measure(
     with ExitStack() as stack:
         stack.enter_context(_memory_explained(type(model).__name__, input_size, batch_size))
         stack.enter_context(_threads(threads))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         for each in models:
             stack.enter_context(_borrowed(each, device))
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
@@ -174,7 +174,6 @@ def measure(
     )
 
 
-@cache
 def hardware() -> dict[str, Any]:
     """This machine: `name` (short label), `cpu`, `cores`, `usable_cores`, `memory_gb` (1e9 bytes), `gpus` (names)."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -374,8 +373,7 @@ def _threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
         torch.set_num_threads(before)
 

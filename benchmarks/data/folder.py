@@ -63,11 +63,11 @@ def ensure(
     two processes come at once, the second waits and uses what the first has made.
 
     Raises:
-        InputError: the place is taken by files that are not ours, or cannot be written.
+        InputError: the place is taken by files that are not ours, or cannot be read or written.
     """
-    if inspect(folder, stamp).kind == "complete":
-        return  # needs no lock, so data on a read-only disk can be used
     try:
+        if inspect(folder, stamp).kind == "complete":
+            return  # needs no lock, so data on a read-only disk can be used
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
@@ -82,7 +82,7 @@ def ensure(
     except OSError as error:
         where = error.filename or folder.parent
         raise InputError(
-            f"cannot write the data to {folder}: {error.strerror or error} ({where}); "
+            f"cannot read or write the data in {folder}: {error.strerror or error} ({where}); "
             "choose a data folder that can be written and has free space"
         ) from error
 

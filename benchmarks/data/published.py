@@ -16,6 +16,13 @@ def locate(dataset: Dataset, root: Path) -> Path:
 
 def find_problem(dataset: Dataset, folder: Path) -> str | None:
     """What keeps the dataset in `folder` from being used, in one line; None when it is complete."""
+    try:
+        return _find_problem(dataset, folder)
+    except OSError as error:
+        return f"cannot read {error.filename}: {error.strerror}"
+
+
+def _find_problem(dataset: Dataset, folder: Path) -> str | None:
     if not folder.is_dir():
         return _missing(folder.parent, folder.name)
     for split, count in ((dataset.training, dataset.training_count), (dataset.validation, dataset.validation_count)):
