@@ -118,7 +118,8 @@ def measure(
     """Measures `model` on random images (batch_size, *input_size), alternating with `yardstick`.
 
     Forward and training step each get `warmup` unmeasured rounds, then `repeats` rounds, more until `min_seconds` are
-    over, and fewer (at least five) where they would take more than `max_seconds`. `threads` is the number of CPU
+    over, and fewer (at least five) where they would take more than `max_seconds`, of which warming up adds a quarter at
+    most, or one round. `threads` is the number of CPU
     threads, by default one for each physical core that this process may use, whatever OMP_NUM_THREADS says. Afterwards
     everything is as before: the models' devices, modes and gradients, the number of threads, the random state.
 
@@ -198,7 +199,10 @@ class _Rounds:
 
     def sample(self, calls: Sequence[Callable[[], None]], device: torch.device) -> list[Timing]:
         """Times all `calls` once per round, so that a drift of the machine meets them alike."""
-        for _ in range(self.warmup):
+        start = time.perf_counter()
+        for done in range(self.warmup):
+            if done and time.perf_counter() - start > self.max_seconds / 4:
+                break
             for call in calls:
                 call()
         samples: list[list[float]] = [[] for _ in calls]
