@@ -36,7 +36,7 @@ class MiTConfig:
 
 
 class MiT(Backbone):
-    """`backbone` is mmsegmentation's MixVisionTransformer unchanged; the head is a mean over its last map, then Linear."""
+    """`backbone` is mmsegmentation's MixVisionTransformer; the head is a mean over the last map and a Linear."""
 
     def __init__(
         self,
