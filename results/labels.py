@@ -119,7 +119,7 @@ def _free_box(
     half: float,
     scale: float,
 ) -> tuple[np.ndarray | None, float]:
-    """The best box of `extent` pixels that is free, and its cost: near the point, off the lines; None if all is full."""
+    """The best free box of `extent` pixels, and its cost: near the point, off the lines; None if the plot is full."""
     boxes, distances = [], []
     for distance, directions in RINGS:
         for angle in np.radians(list(directions)):

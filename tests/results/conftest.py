@@ -1,4 +1,8 @@
-"""Records as a suite would leave them, with made-up numbers."""
+"""Records as a suite would leave them, with made-up numbers. The fixtures are the functions that make them."""
+
+from dataclasses import replace
+
+import pytest
 
 from results.record import Record
 
@@ -24,7 +28,7 @@ PROVENANCE = {
 DATA = {"classification": "digit_scenes_classification@1", "segmentation": "digit_scenes_segmentation@1"}
 
 
-def record(stage: str, task: str = "classification", model: str = "hivit_tiny", **changes) -> Record:
+def make_record(stage: str, task: str = "classification", model: str = "hivit_tiny", **changes) -> Record:
     """A done record; `changes` replace its fields."""
     head = "segformer" if task == "segmentation" else None
     seed = changes.get("seed", 0)
@@ -48,7 +52,7 @@ def record(stage: str, task: str = "classification", model: str = "hivit_tiny", 
     return Record(**content | changes)
 
 
-def suite(models=MODELS, tasks=("classification", "segmentation"), seeds=(0,)) -> list[Record]:
+def make_suite(models=MODELS, tasks=("classification", "segmentation"), seeds=(0,)) -> list[Record]:
     """All four stages of `models` (rows like `MODELS`) in both tasks."""
     records = []
     for task in tasks:
@@ -57,19 +61,51 @@ def suite(models=MODELS, tasks=("classification", "segmentation"), seeds=(0,)) -
             common = {"task": task, "model": label, "family": family}
             cost = {"params": round(params * 1e6 * factor), "macs": round(macs * 1e9 * factor)}
             cost["activations"] = round(macs * 3.1e6)
-            details = {"operators": {"convolution": cost["macs"] // 3, "mm": cost["macs"] // 3 * 2}, "uncounted": ["gelu"]}
-            records.append(record("cost", metrics=cost, details=details, **common))
+            details = {
+                "operators": {"convolution": cost["macs"] // 3, "mm": cost["macs"] // 3 * 2},
+                "uncounted": ["gelu"],
+            }
+            records.append(make_record("cost", metrics=cost, details=details, **common))
             ms = latency * factor
             speed = {"latency_ms": ms, "latency_ms_low": ms * 0.96, "latency_ms_high": ms * 1.07}
             speed |= {"throughput": 1000 / ms, "peak_memory_mb": 150 + 8 * params, "train_step_ms": 3.2 * ms}
             samples = {"latency_ms": [ms * (0.95 + 0.01 * i) for i in range(10)]}
-            records.append(record("speed", metrics=speed, samples=samples, **common))
+            records.append(make_record("speed", metrics=speed, samples=samples, **common))
             for seed in seeds:
                 train = {"final_loss": 0.31, "iterations": 300, "seconds": 41.0}
-                records.append(record("train", seed=seed, metrics=train, **common))
+                records.append(make_record("train", seed=seed, metrics=train, **common))
                 if task == "classification":
                     score = {"top1": top1 + 0.3 * seed, "top5": 99.0, "baseline_top1": 10.4}
                 else:
                     score = {"mIoU": miou + 0.3 * seed, "mAcc": miou + 9, "aAcc": 95.0, "baseline_mIoU": 8.2}
-                records.append(record("evaluate", seed=seed, metrics=score, **common))
+                records.append(make_record("evaluate", seed=seed, metrics=score, **common))
+    return records
+
+
+@pytest.fixture
+def record():
+    return make_record
+
+
+@pytest.fixture
+def suite():
+    return make_suite
+
+
+@pytest.fixture
+def ragged_suite():
+    """A suite in which something of every kind went wrong: failed, blocked, not run, not measured."""
+    return make_ragged_suite()
+
+
+def make_ragged_suite() -> list[Record]:
+    records = []
+    for record in make_suite():
+        if record.model == "mit_b0" and record.stage == "speed" and record.task == "segmentation":
+            continue
+        if record.model == "hrvit_b1" and record.stage == "speed":
+            record = replace(record, status="failed", reason="out of memory: needs 9.1 GB, 8 GB free", metrics={})
+        if record.model == "swin_tiny_patch4_window7" and record.stage in ("train", "evaluate"):
+            record = replace(record, status="blocked", reason="ADE20K was not found in data/ade20k", metrics={})
+        records.append(record)
     return records
