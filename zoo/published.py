@@ -138,12 +138,12 @@ def _read(path: Path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
+        if "GLOBAL" in str(error):  # the file names a class or function to import
             raise ZooError(
                 f"{path}: holds more than tensors and would need unpickling, which can run code; "
                 "save its state dict alone (torch.save or safetensors) where you trust it"
             ) from None
-        raise ZooError(f"{path}: damaged, or not a checkpoint") from None
+        raise ZooError(f"{path}: damaged, or not a checkpoint of plain tensors") from None
     except Exception as error:  # each reader has its own errors for a damaged file
         raise ZooError(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
 

@@ -57,9 +57,8 @@ def test_baselines_through_the_same_call():
 
 
 def test_mit_is_mmsegmentation_s():
-    counts = {name: zoo.create_model(name, features_only=True) for name in ("mit_b0", "mit_b2")}
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in counts.items()}
-    assert counts == {"mit_b0": 3_319_392, "mit_b2": 24_196_416}
+    dense = zoo.create_model("mit_b0", features_only=True)
+    assert sum(p.numel() for p in dense.parameters()) == 3_319_392  # the backbone of mmsegmentation's SegFormer-B0
     with torch.device("meta"):
         model = zoo.create_model("mit_b0")
     assert sum(p.numel() for p in model.parameters()) == 3_319_392 + 256 * 1000 + 1000
