@@ -17,19 +17,20 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from timm.data import create_dataset, create_transform
 from timm.loss import LabelSmoothingCrossEntropy
+from torch.utils.data import Dataset, default_collate
 
 import zoo
 from benchmarks import data
 from benchmarks.engine import (
     Context,
-    NumberedSampler,
     Outcome,
-    SeededDataset,
     build_runner,
+    evaluation_loader,
     load_weights,
     optim_wrapper,
     param_scheduler,
     train,
+    training_loader,
 )
 from benchmarks.errors import InputError
 from benchmarks.job import Job
@@ -86,7 +87,7 @@ def run_train(job: Job, context: Context) -> Outcome:
             job,
             context,
             model,
-            train_dataloader=_loader(job, root, training=True),
+            train_dataloader=training_loader(job, _dataset(job, root, training=True), default_collate),
             train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
             optim_wrapper=optim_wrapper(job, build_optimizer(job, model)),
             param_scheduler=param_scheduler(job),
@@ -102,28 +103,28 @@ def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
     model = Classifier(build_model(job))
     load_weights(model, weights)
-    loader = _loader(job, root, training=False)
+    dataset = _dataset(job, root, training=False)
     runner = build_runner(
-        job, context, model, val_dataloader=loader, val_cfg={"type": "ValLoop"}, val_evaluator=[TopK()]
+        job,
+        context,
+        model,
+        val_dataloader=evaluation_loader(job, dataset, default_collate, job.recipe.batch_size),
+        val_cfg={"type": "ValLoop"},
+        val_evaluator=[TopK()],
     )
     metrics = runner.val()
-    frequencies = Counter(label for _, label in loader["dataset"].reader)
+    frequencies = Counter(label for _, label in dataset.reader.samples)
     baseline = 100.0 * max(frequencies.values()) / sum(frequencies.values())
     return Outcome(metrics={**metrics, "baseline_top1": baseline}, details={"images": sum(frequencies.values())})
 
 
-def _loader(job: Job, root: Path, training: bool) -> dict[str, Any]:
-    """Settings of mmengine's data loader over ImageNet's folder layout (`split/class/image`)."""
-    arguments = dict(job.recipe.augmentation if training else job.recipe.evaluation)
+def _dataset(job: Job, root: Path, training: bool) -> Dataset:
+    """timm's dataset over ImageNet's folder layout (`split/class/image`), with the recipe's transforms."""
+    described = data.describe(job.data)
+    arguments = job.recipe.augmentation if training else job.recipe.evaluation
     try:
         transform = create_transform(input_size=(3, *job.input_size), is_training=training, **arguments)
     except TypeError as error:
         raise InputError(f"recipe: timm's create_transform does not take these settings: {error}") from error
-    dataset = create_dataset("", root=str(root), split="train" if training else "validation", transform=transform)
-    shared = {"batch_size": job.recipe.batch_size, "num_workers": job.recipe.workers}
-    shared["collate_fn"] = {"type": "default_collate"}
-    shared["persistent_workers"] = job.recipe.workers > 0
-    if training:
-        dataset = SeededDataset(dataset, job.seed)
-        return shared | {"dataset": dataset, "sampler": NumberedSampler(dataset, seed=job.seed), "drop_last": True}
-    return shared | {"dataset": dataset, "sampler": {"type": "DefaultSampler", "shuffle": False}}
+    split = described.training if training else described.validation
+    return create_dataset("", root=str(root), split=split, transform=transform)

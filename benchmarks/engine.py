@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import InfiniteSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
@@ -27,7 +27,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.visualization import Visualizer
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.errors import InputError
 from benchmarks.job import Job
@@ -88,6 +88,25 @@ class SeededDataset(Dataset):
         number, index = draw
         with seeded(self.seed, number):
             return self.dataset[index]
+
+
+def training_loader(job: Job, dataset: Dataset, collate: Callable) -> DataLoader:
+    """Batches of the recipe's size for a training, without end, in an order that depends on the seed alone."""
+    seeded_dataset = SeededDataset(dataset, job.seed)
+    sampler = NumberedSampler(seeded_dataset, seed=job.seed)
+    return _loader(job, seeded_dataset, job.recipe.batch_size, collate, sampler=sampler, drop_last=True)
+
+
+def evaluation_loader(job: Job, dataset: Dataset, collate: Callable, batch_size: int) -> DataLoader:
+    """Every image of `dataset` once, in its order."""
+    return _loader(job, dataset, batch_size, collate, sampler=DefaultSampler(dataset, shuffle=False))
+
+
+def _loader(job: Job, dataset: Dataset, batch_size: int, collate: Callable, **settings: Any) -> DataLoader:
+    workers = job.recipe.workers
+    return DataLoader(
+        dataset, batch_size, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate, **settings
+    )
 
 
 @contextmanager

@@ -49,8 +49,10 @@ class SpeedSettings:
     batch_size: int = 1
     repeats: int = 20
     warmup: int = 3
+    max_seconds: float = 20.0  # for the forward, and again for the training step; at least five repeats are kept
     train_step: bool = True
     device: str = "cpu"
+    threads: int | None = None  # on a CPU; null: all cores
 
 
 @dataclass(frozen=True)

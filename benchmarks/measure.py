@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from mmengine.registry import init_default_scope
 
-from benchmarks import cost, speed
+from benchmarks import cost
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
 from benchmarks.job import Job
+from benchmarks.speed import default_yardstick
+from benchmarks.speed import measure as measure_speed
 
 
 def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None) -> Outcome:
@@ -26,6 +29,7 @@ def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None
         Blocked: what the job needs is not there.
         InputError: the job asks for something impossible (a size that the model cannot take, for instance).
     """
+    init_default_scope("mmseg")  # where mmengine looks for what configurations name
     try:
         if job.stage == "cost":
             return _cost(job)
@@ -68,18 +72,48 @@ def _cost(job: Job) -> Outcome:
 
 def _speed(job: Job) -> Outcome:
     settings = job.speed
-    measured = speed.measure(
+    speed = measure_speed(
         _task(job).build_model(job),
         (3, *job.input_size),
         batch_size=settings.batch_size,
+        device=settings.device,
         repeats=settings.repeats,
         warmup=settings.warmup,
+        max_seconds=settings.max_seconds,
         train_step=settings.train_step,
-        device=settings.device,
-        yardstick=speed.default_yardstick(),
+        yardstick=default_yardstick(),
+        threads=settings.threads,
     )
+    milli, mega = 1e3, 1e-6
+    metrics = {
+        "throughput": speed.throughput,
+        "peak_memory_mb": speed.peak_memory * mega,
+        "yardstick_ms": speed.yardstick_forward.median * milli,
+        "ratio_to_yardstick": speed.ratio,
+    }
+    timings = {"latency_ms": speed.forward}
+    if speed.train_step is not None:
+        timings["train_step_ms"] = speed.train_step
+        metrics |= {
+            "train_peak_memory_mb": speed.train_peak_memory * mega,
+            "saved_mb": speed.saved_bytes * mega,
+            "train_step_ratio_to_yardstick": speed.train_step_ratio,
+        }
+    for name, timing in timings.items():
+        low, high = timing.interval
+        metrics |= {name: timing.median * milli, f"{name}_low": low * milli, f"{name}_high": high * milli}
     return Outcome(
-        metrics=measured.metrics(), samples=measured.samples, details=measured.details(), notes=list(measured.notes)
+        metrics=metrics,
+        samples={name: [sample * milli for sample in timing.samples] for name, timing in timings.items()},
+        details={
+            "batch_size": speed.batch_size,
+            "device": speed.device,
+            "threads": speed.threads,
+            "interval_coverage": speed.forward.coverage,
+            "foreign_load": speed.foreign_load,
+            "yardstick": "timm convnext_tiny, features only, interleaved with the model",
+        },
+        notes=list(speed.notes),
     )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
+from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModule
 from mmengine.runner import Runner
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
@@ -23,14 +25,14 @@ import zoo
 from benchmarks import data
 from benchmarks.engine import (
     Context,
-    NumberedSampler,
     Outcome,
-    SeededDataset,
     build_runner,
+    evaluation_loader,
     load_weights,
     optim_wrapper,
     param_scheduler,
     train,
+    training_loader,
 )
 from benchmarks.errors import InputError
 from benchmarks.job import Job
@@ -68,7 +70,7 @@ def build_model(job: Job) -> EncoderDecoder:
     return EncoderDecoder(
         backbone=config,
         decode_head=_head(job, channels),
-        test_cfg=test,
+        test_cfg=ConfigDict(test),
         data_preprocessor={
             "type": "SegDataPreProcessor",
             "mean": MEAN,
@@ -110,12 +112,11 @@ def run_train(job: Job, context: Context) -> Outcome:
 
     def runner_for(checkpoint: str | None) -> Runner:
         model = build_model(job)
-        dataset = SeededDataset(_dataset(job, root, training=True), job.seed)
         return build_runner(
             job,
             context,
             model,
-            train_dataloader=_loader(job) | {"dataset": dataset, "sampler": NumberedSampler(dataset, seed=job.seed)},
+            train_dataloader=training_loader(job, _dataset(job, root, training=True), pseudo_collate),
             train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
             optim_wrapper=optim_wrapper(job, build_optimizer(job, model)),
             param_scheduler=param_scheduler(job),
@@ -137,8 +138,7 @@ def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
         context,
         model,
         # One image at a time: their sizes differ.
-        val_dataloader=_loader(job)
-        | {"batch_size": 1, "dataset": dataset, "sampler": {"type": "DefaultSampler", "shuffle": False}},
+        val_dataloader=evaluation_loader(job, dataset, pseudo_collate, batch_size=1),
         val_cfg={"type": "ValLoop"},
         val_evaluator=[IoUMetric(iou_metrics=["mIoU"])],
     )
@@ -216,15 +216,6 @@ def _dataset(job: Job, root: Path, training: bool) -> BaseSegDataset:
         seg_map_suffix=".png",
         **arguments,
     )
-
-
-def _loader(job: Job) -> dict[str, Any]:
-    return {
-        "batch_size": job.recipe.batch_size,
-        "num_workers": job.recipe.workers,
-        "persistent_workers": job.recipe.workers > 0,
-        "collate_fn": {"type": "pseudo_collate"},
-    }
 
 
 def _crop(job: Job) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class Session:
             f"{len(self.jobs) - len(missing)} of them in {escape(str(self.workplace.ledger))} already."
         )
         if missing:
-            check_models(self.config, missing)
+            check_models(missing)
         if self.config.plan:
             self._print_plan()
             return COMPLETE

@@ -26,10 +26,12 @@ class _Options:
     validation: int  # images
     digit_size: tuple[float, float]  # side of a digit's 8 x 8 scan on the canvas, pixels
     contrast: tuple[float, float]  # ink against the canvas's mean brightness, of the full range
-    rotation: float = 10.0  # largest turn of a digit either way, degrees
-    tint: float = 0.12  # standard deviation of the ink's and the canvas's colour around grey, of the full range
-    texture: float = 0.07  # standard deviation of the smooth multi-scale noise, of the full range
-    gradient: float = 0.15  # largest brightness step from one edge of the canvas to the other, of the full range
+    brightness: tuple[float, float] = (0.2, 0.35)  # mean of the canvas; below the contrast, ink is always brighter
+    wander: float = 1.0  # how far from the middle digits lie: 0 in it, 1 anywhere that they fit
+    rotation: float = 5.0  # largest turn of a digit either way, degrees
+    tint: float = 0.03  # standard deviation of the ink's and the canvas's colour around grey, of the full range
+    texture: float = 0.05  # standard deviation of the smooth multi-scale noise, of the full range
+    gradient: float = 0.1  # largest brightness step from one edge of the canvas to the other, of the full range
     validation_scans: float = 0.2  # share of the scans that only validation images use
     seed: int = 0
 
@@ -38,23 +40,24 @@ class _Options:
 class ClassificationOptions(_Options):
     """One digit per image."""
 
-    canvas: int = 64
+    canvas: int = 48
     train: int = 4000
     validation: int = 500
-    digit_size: tuple[float, float] = (24.0, 32.0)
-    contrast: tuple[float, float] = (0.3, 0.55)
+    digit_size: tuple[float, float] = (22.0, 26.0)
+    contrast: tuple[float, float] = (0.45, 0.6)
+    wander: float = 0.25
 
 
 @dataclass(frozen=True)
 class SegmentationOptions(_Options):
     """Several digits per image, later ones over earlier ones."""
 
-    canvas: int = 96
-    train: int = 1500
+    canvas: int = 64
+    train: int = 2000
     validation: int = 200
-    digit_size: tuple[float, float] = (20.0, 48.0)
-    contrast: tuple[float, float] = (0.25, 0.55)
-    digits: tuple[int, int] = (2, 5)  # per image
+    digit_size: tuple[float, float] = (20.0, 40.0)
+    contrast: tuple[float, float] = (0.4, 0.6)
+    digits: tuple[int, int] = (2, 4)  # per image
     jpeg_quality: int = 95
 
 
@@ -161,7 +164,7 @@ def _scene(
     """Image (canvas, canvas, 3) and label (canvas, canvas), both uint8; later digits lie over earlier ones."""
     import numpy as np
 
-    brightness = rng.uniform(0.3, 0.7)
+    brightness = rng.uniform(*options.brightness)
     image = _texture(options, rng) + brightness + _tint(options, rng)
     label = np.zeros((options.canvas, options.canvas), dtype=np.uint8)
     for digit, scan in digits:
@@ -184,7 +187,8 @@ def _place(
 
     size = rng.uniform(*options.digit_size)
     angle = np.deg2rad(rng.uniform(-options.rotation, options.rotation))
-    centre = rng.uniform(size / 2, options.canvas - size / 2, size=2)  # x, y
+    room = options.wander * (options.canvas - size) / 2
+    centre = options.canvas / 2 + rng.uniform(-room, room, size=2)  # x, y
     cos, sin = np.cos(angle), np.sin(angle)
     reach = size / 2 * (abs(cos) + abs(sin)) + size / 8  # of the turned square, and of the bicubic kernel
     left, top = np.floor(centre - reach).astype(int).clip(0, options.canvas)

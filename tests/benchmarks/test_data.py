@@ -61,7 +61,7 @@ def test_classification_layout(small):
         images = sorted((folder / split).glob("*/*.png"))
         assert len(images) == count
         assert {path.parent.name for path in images} == set(data.describe(CLASSIFICATION).classes)
-        assert {cv2.imread(path).shape for path in images} == {(64, 64, 3)}
+        assert {cv2.imread(path).shape for path in images} == {(48, 48, 3)}
 
 
 def test_segmentation_layout(small):
@@ -71,9 +71,9 @@ def test_segmentation_layout(small):
         labels = sorted((folder / "annotations" / split).glob("*.png"))
         assert [path.stem for path in images] == [path.stem for path in labels]
         assert len(images) == count
-        assert {cv2.imread(path).shape for path in images} == {(96, 96, 3)}
+        assert {cv2.imread(path).shape for path in images} == {(64, 64, 3)}
         values = [cv2.imread(path, cv2.IMREAD_UNCHANGED) for path in labels]
-        assert {(value.shape, value.dtype.name) for value in values} == {((96, 96), "uint8")}
+        assert {(value.shape, value.dtype.name) for value in values} == {((64, 64), "uint8")}
         assert set(np.unique(values)) == set(range(11))
         assert 0.5 < np.mean(np.equal(values, 0)) < 0.95  # background, mostly
 
@@ -100,20 +100,20 @@ def test_no_scan_is_in_training_and_validation():
 
 
 def test_labels_are_exact_at_edges():
-    options = digit_scenes.SegmentationOptions(texture=0.0, gradient=0.0, tint=0.0, contrast=(0.3, 0.3))
+    options = digit_scenes.SegmentationOptions(texture=0.0, gradient=0.0, tint=0.0, contrast=(0.4, 0.4))
     scan = digit_scenes._split_scans(options)[0][8][0]
     for seed in range(5):
         image, label = digit_scenes._scene(options, np.random.default_rng(seed), [(8, scan)])
         grey = image[..., 0].astype(float)
         canvas, ink = np.median(grey[label == 0]), np.median(grey[label == 9])
-        assert abs(ink - canvas) == pytest.approx(0.3 * 255, abs=1)
+        assert abs(ink - canvas) == pytest.approx(0.4 * 255, abs=1)
         closer_to_ink = abs(grey - ink) < abs(grey - canvas)
         unclear = abs(abs(grey - ink) - abs(grey - canvas)) <= 2  # rounding to 8 bits
         assert np.array_equal((label == 9)[~unclear], closer_to_ink[~unclear])
 
 
 def test_upper_digit_wins():
-    options = digit_scenes.SegmentationOptions(digit_size=(96.0, 96.0), rotation=0.0)
+    options = digit_scenes.SegmentationOptions(canvas=96, digit_size=(96.0, 96.0), rotation=0.0)
     full = np.ones((8, 8), dtype=np.float32)
     half = full * (np.arange(8) < 4).astype(np.float32)
     _, label = digit_scenes._scene(options, np.random.default_rng(0), [(1, full), (2, half)])
@@ -124,11 +124,11 @@ def test_upper_digit_wins():
 def test_options_have_folders_of_their_own(small):
     root = small[SEGMENTATION].parent
     assert data.prepare(SEGMENTATION, root, dict(reversed(SMALL.items())), report=refuse_report) == small[SEGMENTATION]
-    as_list = data.prepare(SEGMENTATION, root, {**SMALL, "digit_size": [20, 48]}, report=refuse_report)
+    as_list = data.prepare(SEGMENTATION, root, {**SMALL, "digit_size": [20, 40]}, report=refuse_report)
     assert as_list == small[SEGMENTATION]
-    other = data.prepare(SEGMENTATION, root, {**SMALL, "canvas": 64}, report=lambda line: None)
+    other = data.prepare(SEGMENTATION, root, {**SMALL, "canvas": 96}, report=lambda line: None)
     assert other != small[SEGMENTATION]
-    assert "64px" in other.name
+    assert "96px" in other.name
 
 
 @pytest.mark.parametrize(
