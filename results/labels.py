@@ -20,6 +20,7 @@ RINGS = (
 )
 GRID = (48, 64)  # columns and rows of the search over the whole plot, when no place near the point is free
 PADDING = 1.5  # points between a label and anything else
+CROWD = 14  # labels
 LEADER = 9.0  # points from which on a line ties the label to its point
 
 
@@ -65,13 +66,17 @@ def place(
     soft = np.concatenate([_dense(line, 3 * scale) for line in lines]) if lines else np.empty((0, 2))
     inside = axes.get_window_extent().padded(-PADDING * scale)
     bounds = np.array([inside.x0, inside.y0, inside.x1, inside.y1])
-    # Labels choose one after another, so the order matters: a few are tried, and the cheapest outcome is kept.
+    # Labels choose one after another, so the order matters: a few are tried, and the cheapest outcome is kept. In a crowd
+    # no order is good, and trying them takes long.
     ways = ((-points[:, 1], points[:, 0]), (points[:, 0], points[:, 1]), (-points[:, 0], points[:, 1]))
     orders = [sorted(range(len(labels)), key=lambda i: (labels[i].rank, a[i], b[i])) for a, b in ways]
     placed: dict[int, np.ndarray] = {}
     for size in sizes:
         extents = _extents(axes, labels, size) + 2 * PADDING * scale
-        outcomes = [_place_all(order, points, extents, fixed, soft, bounds, half, scale) for order in orders]
+        outcomes = [
+            _place_all(order, points, extents, fixed, soft, bounds, half, scale)
+            for order in orders[: 1 if len(labels) > CROWD else None]
+        ]
         placed, _ = min(outcomes, key=lambda outcome: (-len(outcome[0]), outcome[1]))
         if len(placed) == len(labels):
             break
