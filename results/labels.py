@@ -66,17 +66,15 @@ def place(
     soft = np.concatenate([_dense(line, 3 * scale) for line in lines]) if lines else np.empty((0, 2))
     inside = axes.get_window_extent().padded(-PADDING * scale)
     bounds = np.array([inside.x0, inside.y0, inside.x1, inside.y1])
-    # Labels choose one after another, so the order matters: a few are tried, and the cheapest outcome is kept. In a crowd
-    # no order is good, and trying them takes long.
+    # Labels choose one after another, so the order matters: a few are tried, and the cheapest outcome is kept. In a
+    # crowd no order is good, and trying more takes long.
     ways = ((-points[:, 1], points[:, 0]), (points[:, 0], points[:, 1]), (-points[:, 0], points[:, 1]))
+    ways = ways[:1] if len(labels) > CROWD else ways
     orders = [sorted(range(len(labels)), key=lambda i: (labels[i].rank, a[i], b[i])) for a, b in ways]
     placed: dict[int, np.ndarray] = {}
     for size in sizes:
         extents = _extents(axes, labels, size) + 2 * PADDING * scale
-        outcomes = [
-            _place_all(order, points, extents, fixed, soft, bounds, half, scale)
-            for order in orders[: 1 if len(labels) > CROWD else None]
-        ]
+        outcomes = [_place_all(order, points, extents, fixed, soft, bounds, half, scale) for order in orders]
         placed, _ = min(outcomes, key=lambda outcome: (-len(outcome[0]), outcome[1]))
         if len(placed) == len(labels):
             break
