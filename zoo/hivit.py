@@ -27,6 +27,7 @@ from zoo.relative_position import BiasCache, Grid, expand_table, resize_table
 PATCH = 16  # pixels: side of the patch that becomes one token of the main stage
 POSITION_GRID: Grid = (14, 14)  # tokens: the absolute position embedding is always stored for 224 pixels
 FUSED_MIN_TOKENS = 256  # below, torch's fused attention kernel is no faster on a CPU (measured)
+RECOMPUTE_MIN_TOKENS = 128  # from here on, the attention maps are a large part of what training would keep
 BIAS_CACHE_BYTES = 2 * 2**30  # per model: expanded biases kept for inference
 
 
@@ -157,7 +158,7 @@ class Attention(nn.Module):
             bias = None if table is None else self._bias(table, grid, q.dtype)
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None])
             x = x.transpose(1, 2).reshape(b, n, c)
-        elif n >= FUSED_MIN_TOKENS and self.training:  # the attention maps would be most of what autograd keeps
+        elif n >= RECOMPUTE_MIN_TOKENS:  # autograd would keep the attention maps
             x = recompute(lambda qkv: self._explicit(qkv, grid), qkv)
         else:
             x = self._explicit(qkv, grid)
