@@ -244,7 +244,7 @@ def _draw_points(axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]],
     above = {"xytext": (0, size * 0.6), "textcoords": "offset points", "xycoords": "axes fraction"}
     subtitle = axes.annotate(shorten(panel.subtitle, width), (0, 1), fontsize=size - 1, color="0.4", **above)
     subtitle.set_in_layout(False)  # The title's padding is its room; a long one must not narrow the axes.
-    place_of_measurement = f"\non {shorten(panel.hardware, width)}" if panel.hardware else ""
+    place_of_measurement = f"\non {shorten(panel.hardware, width - 8)}" if panel.hardware else ""
     axes.set_xlabel(panel.axis.label + place_of_measurement, fontsize=size)
     axes.set_ylabel(f"{NOUN[panel.task]} (%)", fontsize=size)
     axes.tick_params(labelsize=size - 1, length=0)

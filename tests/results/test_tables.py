@@ -179,7 +179,7 @@ def test_best_is_marked_once_per_group(suite):
 
 
 def test_names_are_escaped(record):
-    made = record("cost", model=r"a|b_c&d%e#f${g}\h^i~j*k*[l](m)<n>", family="_F_", metrics={"params": 1e6})
+    made = record("cost", key="k", model=r"a|b_c&d%e#f${g}\h^i~j*k*[l](m)<n>", family="_F_", metrics={"params": 1e6})
     table = tables.display(tables.rows_of([made], "cost"), "cost")
     text = tables.markdown(table)
     assert r"a\|b_c&d%e\#f${g}\\h^i\~j\*k\*\[l\](m)\<n\>" in text
