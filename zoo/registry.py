@@ -84,7 +84,8 @@ def create_model(
     Raises:
         ZooError: unknown name or option, impossible value, unusable checkpoint; one line that says what is allowed.
     """
-    if not is_model(get_arch_name(name)):
+    if not isinstance(name, str) or not is_model(get_arch_name(name)):
+        name = str(name)
         known = [*list_models(), *timm.list_models()]
         raise ZooError(f"unknown model '{name}'{near_matches(name, known)}; own models: {', '.join(list_models())}")
     if not isinstance(num_classes, int) or num_classes < 0:

@@ -66,6 +66,15 @@ def oracle():
     return Oracle
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread():
+    """Small models: a second thread gains nothing, and loses much beside other work on the same cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ def test_names():
     ("name", "options", "parts"),
     [
         ("hivit_tny", {}, ["hivit_tny", "hivit_tiny"]),
+        (None, {}, ["None", "hivit_tiny"]),
         ("hivit_tiny", {"embed_dims": 96}, ["hivit_tiny", "embed_dims", "embed_dim", "depths", "published_taps"]),
         ("hivit_tiny", {"num_heads": 5}, ["hivit_tiny", "num_heads=5", "embed_dim=384"]),
         ("hivit_tiny", {"num_heads": 0}, ["num_heads=0"]),
