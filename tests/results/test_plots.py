@@ -192,7 +192,8 @@ def test_families_look_different_and_keep_their_look():
 def test_labels_without_room_are_left_out_not_squeezed_in(suite):
     figure = plots.figure(panels_of(suite(CASES["one"], tasks=("classification",)))[:1])
     axes = figure.axes[0]
-    many = [Label(f"a label that takes much room, number {i}", 5, 5, "black") for i in range(70)]
+    middle = (sum(axes.get_xlim()) / 2, sum(axes.get_ylim()) / 2)
+    many = [Label(f"a label that takes much room, number {i}", *middle, "black") for i in range(70)]
     placed, left_out = place(axes, many, sizes=(12,))
     figure.draw_without_rendering()
     assert len(placed) + len(left_out) == 70

@@ -105,7 +105,7 @@ def test_the_page(output, ragged_suite):
 
 
 def test_nothing_is_made_again_without_a_reason(output, suite):
-    records = small(suite)
+    records = [record for record in small(suite) if record.stage == "cost"]  # No plots: this test makes many reports.
     fill(output, records)
 
     def build(**changes):
