@@ -18,6 +18,7 @@ from .rows import hardware_label, started
 
 STAMP = ".report.json"
 LOCK_SECONDS = 300.0
+LONGEST = 40  # entries of one mapping in the details of a record
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,18 @@ def _details(record: Record) -> dict[str, str]:
     parts = {
         "Metrics": record.metrics,
         "Samples": {name: _summary(values) for name, values in record.samples.items() if values},
-        "Details": record.details,
+        "Details": {name: _shortened(value) for name, value in record.details.items()},
         "Job": record.job,
         "Provenance": record.provenance,
     }
     return {name: json.dumps(part, indent=2, ensure_ascii=False) for name, part in parts.items() if part}
+
+
+def _shortened(value: Any) -> Any:
+    """A long mapping, such as the cost of every module, cut to what a page can hold; the ledger's file has it all."""
+    if not isinstance(value, dict) or len(value) <= LONGEST:
+        return value
+    return dict(list(value.items())[:LONGEST]) | {"...": f"{len(value) - LONGEST} more in the ledger's file"}
 
 
 def _summary(values: Sequence[float]) -> str:

@@ -113,6 +113,9 @@ def hardware_label(record: Record) -> str:
     """The short name of the hardware in a record's provenance; empty when it says nothing."""
     hardware = record.provenance.get("hardware", "")
     if isinstance(hardware, dict):
+        on_cpu = (record.job.get("speed") or {}).get("device") == "cpu"
+        if on_cpu and hardware.get("gpus") and hardware.get("cpu"):
+            return str(hardware["cpu"])  # The machine is named after a GPU that this measurement did not use.
         hardware = next((hardware[name] for name in ("name", "gpu", "device", "cpu") if hardware.get(name)), "")
     return hardware if isinstance(hardware, str) else json.dumps(hardware, sort_keys=True)
 
@@ -129,7 +132,9 @@ def _setting(record: Record) -> tuple:
     outcome = {"seed", "depends_on", "method", "stage"}  # Jobs that differ in these alone are one setting.
     recipe = json.dumps({n: v for n, v in record.job.items() if n not in outcome}, sort_keys=True) if trained else None
     base = (record.model, record.head, tuple(record.input_size), record.job.get("num_classes"))
-    return (*base, record.data, record.precision if trained else None, recipe)
+    if not trained:  # Its job may carry the name of a data set, but its number does not depend on it.
+        return (*base, None, None, None)
+    return (*base, record.data, record.precision, recipe)
 
 
 def _fits(specific: tuple, general: tuple) -> bool:

@@ -173,6 +173,15 @@ def test_an_empty_ledger(output):
     assert "2 jobs have not run yet" in words
 
 
+def test_long_details_are_cut(output, record):
+    modules = {f"stage.{i}": i for i in range(300)}
+    fill(output, [record("cost", metrics={"macs": 1}, details={"by_module": modules})])
+    text = report.build(output, title="A").report.read_text()
+    assert "stage.39" in text
+    assert "stage.40" not in text
+    assert "260 more in the ledger" in text
+
+
 def test_names_from_records_cannot_break_the_page(output, record):
     evil = "</pre><script>alert('x')</script>\"&"
     metrics = {"top1": 50.0, "baseline_top1": 10.0}

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from results import leaderboard, tables
-from results.rows import NOT_RUN, join, join_cost, labels
+from results.rows import NOT_RUN, hardware_label, join, join_cost, labels
 
 
 def by_model(rows):
@@ -77,10 +77,30 @@ def test_speed_of_two_machines_is_never_averaged(suite, record):
     assert {row.metric.value for row in rows} == {93.4}
 
 
+def test_cost_and_speed_belong_to_every_data_set(record):
+    records = [
+        record("cost", data="a@1", metrics={"params": 5}),
+        record("speed", data="a@1", metrics={"latency_ms": 7}),
+    ]
+    records += [record("evaluate", key=data, data=data, metrics={"top1": 9.0}) for data in ("a@1", "b@1")]
+    rows = join(records, "classification")
+    assert [(row.data, row.cells["params"].value, row.cells["latency_ms"].value) for row in rows] == [
+        *(("a@1", 5, 7), ("b@1", 5, 7))
+    ]
+
+
+def test_a_cpu_measurement_on_a_gpu_machine_is_named_after_the_cpu(record):
+    hardware = {"name": "H200", "gpus": ["H200"], "cpu": "EPYC"}
+    for device, label in (("cpu", "EPYC"), ("cuda", "H200")):
+        made = record("speed", job={"speed": {"device": device}}, provenance={"hardware": hardware})
+        assert hardware_label(made) == label
+
+
 def test_cost_of_other_classes_belongs_to_the_other_data(record):
     wide = record("cost", key="w", job={"num_classes": 150}, metrics={"params": 2})
     narrow = record("cost", key="n", job={"num_classes": 11}, metrics={"params": 1})
-    rows = join([wide, narrow, record("evaluate", metrics={"top1": 1.0})], "classification")
+    score = record("evaluate", metrics={"top1": 1.0})
+    rows = join([wide, narrow, score], "classification")
     assert [(row.cells["params"].value, row.metric.value) for row in rows if row.data] == [(1, 1.0)]
 
 
