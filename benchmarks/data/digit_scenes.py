@@ -27,7 +27,7 @@ class _Options:
     digit_size: tuple[float, float]  # side of a digit's 8 x 8 scan on the canvas, pixels
     contrast: tuple[float, float]  # ink against the canvas's mean brightness, of the full range
     brightness: tuple[float, float] = (0.2, 0.35)  # mean of the canvas; below the contrast, ink is always brighter
-    wander: float = 1.0  # how far from the middle digits lie: 0 in it, 1 anywhere that they fit
+    wander: float = 4.0  # largest shift of a digit from its place, in either direction, pixels
     rotation: float = 5.0  # largest turn of a digit either way, degrees
     tint: float = 0.03  # standard deviation of the ink's and the canvas's colour around grey, of the full range
     texture: float = 0.05  # standard deviation of the smooth multi-scale noise, of the full range
@@ -38,24 +38,24 @@ class _Options:
 
 @dataclass(frozen=True)
 class ClassificationOptions(_Options):
-    """One digit per image."""
+    """One digit per image; its place is the middle."""
 
     canvas: int = 48
     train: int = 4000
     validation: int = 500
     digit_size: tuple[float, float] = (22.0, 26.0)
     contrast: tuple[float, float] = (0.45, 0.6)
-    wander: float = 0.25
+    wander: float = 3.0
 
 
 @dataclass(frozen=True)
 class SegmentationOptions(_Options):
-    """Several digits per image, later ones over earlier ones."""
+    """Several digits per image, later ones over earlier ones; their places are the middles of the quarters."""
 
     canvas: int = 64
     train: int = 2000
     validation: int = 200
-    digit_size: tuple[float, float] = (20.0, 40.0)
+    digit_size: tuple[float, float] = (24.0, 36.0)
     contrast: tuple[float, float] = (0.4, 0.6)
     digits: tuple[int, int] = (2, 4)  # per image
     jpeg_quality: int = 95
@@ -167,8 +167,8 @@ def _scene(
     brightness = rng.uniform(*options.brightness)
     image = _texture(options, rng) + brightness + _tint(options, rng)
     label = np.zeros((options.canvas, options.canvas), dtype=np.uint8)
-    for digit, scan in digits:
-        box, cover = _place(options, rng, scan)
+    for (digit, scan), place in zip(digits, _places(options, rng, len(digits)), strict=True):
+        box, cover = _draw_at(options, rng, scan, place)
         contrast = rng.uniform(*options.contrast)
         # Both signs where both fit into the range, else the one that fits.
         signs = [sign for sign in (-1, 1) if 0 <= brightness + sign * contrast <= 1] or [1 if brightness < 0.5 else -1]
@@ -178,8 +178,18 @@ def _scene(
     return np.rint(image.clip(0, 1) * 255).astype(np.uint8), label
 
 
-def _place(
-    options: _Options, rng: "np.random.Generator", scan: "np.ndarray"
+def _places(options: _Options, rng: "np.random.Generator", number: int) -> "np.ndarray":
+    """Where `number` digits lie, before they wander: (number, 2) as x, y."""
+    import numpy as np
+
+    if isinstance(options, ClassificationOptions):
+        return np.full((number, 2), options.canvas / 2)
+    quarters = np.array([(1, 1), (3, 1), (1, 3), (3, 3)]) * options.canvas / 4
+    return np.resize(rng.permutation(quarters), (number, 2))
+
+
+def _draw_at(
+    options: _Options, rng: "np.random.Generator", scan: "np.ndarray", place: "np.ndarray"
 ) -> "tuple[tuple[slice, slice], np.ndarray]":
     """Enlarges (bicubic), turns and moves the scan: a box of the canvas, and how far ink covers its pixels, 0 to 1."""
     import cv2
@@ -187,8 +197,7 @@ def _place(
 
     size = rng.uniform(*options.digit_size)
     angle = np.deg2rad(rng.uniform(-options.rotation, options.rotation))
-    room = options.wander * (options.canvas - size) / 2
-    centre = options.canvas / 2 + rng.uniform(-room, room, size=2)  # x, y
+    centre = place + rng.uniform(-options.wander, options.wander, size=2)  # x, y
     cos, sin = np.cos(angle), np.sin(angle)
     reach = size / 2 * (abs(cos) + abs(sin)) + size / 8  # of the turned square, and of the bicubic kernel
     left, top = np.floor(centre - reach).astype(int).clip(0, options.canvas)

@@ -113,7 +113,7 @@ def test_labels_are_exact_at_edges():
 
 
 def test_upper_digit_wins():
-    options = digit_scenes.SegmentationOptions(canvas=96, digit_size=(96.0, 96.0), rotation=0.0)
+    options = digit_scenes.ClassificationOptions(canvas=96, digit_size=(96.0, 96.0), rotation=0.0, wander=0.0)
     full = np.ones((8, 8), dtype=np.float32)
     half = full * (np.arange(8) < 4).astype(np.float32)
     _, label = digit_scenes._scene(options, np.random.default_rng(0), [(1, full), (2, half)])
@@ -124,7 +124,7 @@ def test_upper_digit_wins():
 def test_options_have_folders_of_their_own(small):
     root = small[SEGMENTATION].parent
     assert data.prepare(SEGMENTATION, root, dict(reversed(SMALL.items())), report=refuse_report) == small[SEGMENTATION]
-    as_list = data.prepare(SEGMENTATION, root, {**SMALL, "digit_size": [20, 40]}, report=refuse_report)
+    as_list = data.prepare(SEGMENTATION, root, {**SMALL, "digit_size": [24, 36]}, report=refuse_report)
     assert as_list == small[SEGMENTATION]
     other = data.prepare(SEGMENTATION, root, {**SMALL, "canvas": 96}, report=lambda line: None)
     assert other != small[SEGMENTATION]
