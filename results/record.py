@@ -78,8 +78,8 @@ class Record:
         return {"schema": SCHEMA_VERSION} | {item.name: getattr(self, item.name) for item in fields(self)}
 
     def to_json(self) -> str:
-        """The record as JSON text, one field per line, the same text for the same record."""
-        lines = (f"{json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in self.to_dict().items())
+        """The record as JSON text, one field per line; mappings keep their order, e.g. that of the largest operators."""
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in self.to_dict().items())
         return "{\n" + ",\n".join(lines) + "\n}"
 
     @classmethod
