@@ -78,7 +78,7 @@ class Record:
         return {"schema": SCHEMA_VERSION} | {item.name: getattr(self, item.name) for item in fields(self)}
 
     def to_json(self) -> str:
-        """The record as JSON text, one field per line; mappings keep their order, e.g. that of the largest operators."""
+        """The record as JSON text, one field per line; mappings keep their order (largest operator first)."""
         lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in self.to_dict().items())
         return "{\n" + ",\n".join(lines) + "\n}"
 
