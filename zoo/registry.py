@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import Format
 from timm.models import get_arch_name, is_model, model_entrypoint
 from torch import Tensor, nn
 
@@ -104,6 +105,9 @@ def create_model(
             options["img_size"] = size
     try:
         model = timm.create_model(name, **options)
+        if features_only and getattr(model, "output_fmt", None) == Format.NHWC:
+            # timm's Swin and its like give NHWC maps unless they are asked through forward_intermediates.
+            model = timm.create_model(name, **options, feature_cls="getter")
     except ZooError:
         raise
     except Exception as error:  # timm's models raise whatever their constructors do

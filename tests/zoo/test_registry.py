@@ -99,3 +99,13 @@ def test_family_of_an_unknown_model():
 def test_import_is_light():
     code = "import sys, zoo; sys.exit(any(m in sys.modules for m in ('mmseg', 'mmengine', 'mmcv', 'scipy', 'ray')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "deit_tiny_patch16_224", "convnext_atto", "mit_b0"])
+def test_maps_are_nchw(name):
+    """timm's Swin gives NHWC by itself; the zoo's contract is NCHW for every backbone."""
+    with torch.device("meta"):
+        model = zoo.create_model(name, features_only=True, img_size=64)
+        maps = model(torch.empty(1, 3, 64, 64))
+    expected = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    assert [tuple(m.shape[1:]) for m in maps] == [(channels, 64 // r, 64 // r) for channels, r in expected]
