@@ -17,6 +17,9 @@ PRECISIONS = ("float32", "amp")
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
 METHOD_VERSION = {"cost": 1, "speed": 1, "train": 1, "evaluate": 1}
 
+# Of one CPU core in a training, measured on the demo's models; live views correct it as they go.
+MACS_PER_SECOND = 20e9
+
 
 @dataclass
 class Recipe:
@@ -120,24 +123,23 @@ class Job:
 
 
 def scheduling(job: Job, macs: Mapping[tuple[str, str], float]) -> dict[str, Any]:
-    """What an executor needs to place a job: CPU threads, whether it wants the machine to itself, estimated work.
+    """What an executor needs to place a job: CPU threads, whether it wants the machine to itself, estimated seconds.
 
     Args:
         job: The job.
         macs: Multiply-accumulates of one image by (task, label), as far as they are known.
 
     Returns:
-        `cpus`, `alone` (bool) and `work` in multiply-accumulates (a training step counts as three forwards).
+        `cpus`, `alone` (bool) and `seconds`: a rough guess for a CPU, right in its proportions rather than its height
+        (a training step counts as three forwards).
     """
-    known = macs.get((job.task, job.label), 1e9)
+    forward = macs.get((job.task, job.label), 1e9) / MACS_PER_SECOND
     if job.stage == "train":
-        return {
-            "cpus": job.recipe.threads,
-            "alone": False,
-            "work": 3 * known * job.recipe.batch_size * job.recipe.iterations,
-        }
+        recipe = job.recipe
+        seconds = 3 * forward * recipe.batch_size * recipe.iterations / recipe.threads
+        return {"cpus": recipe.threads, "alone": False, "seconds": seconds}
     if job.stage == "evaluate":
-        return {"cpus": job.recipe.threads, "alone": False, "work": known * 2000}
+        return {"cpus": job.recipe.threads, "alone": False, "seconds": 1.0 + 1000 * forward / job.recipe.threads}
     if job.stage == "speed":
-        return {"cpus": 1, "alone": True, "work": known * 8 * job.speed.repeats * job.speed.batch_size}
-    return {"cpus": 0, "alone": False, "work": 0.0}
+        return {"cpus": 1, "alone": True, "seconds": 2.0 + 2 * job.speed.max_seconds}
+    return {"cpus": 0, "alone": False, "seconds": 1.0}

@@ -18,6 +18,12 @@ GIB_PER_WORKER = 1.5  # what a training of the demo's size takes, libraries incl
 Done = Callable[[Record, Sequence[str]], None]
 
 
+def workers(free_gib: float) -> int:
+    """How many jobs run side by side on this machine: one for each CPU, as far as the memory reaches."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus, int(free_gib / GIB_PER_WORKER)))
+
+
 class Executor(Protocol):
     """Runs jobs, those that others depend on first, and calls `done` with each record as it comes."""
 
@@ -104,7 +110,7 @@ class Ray:
             task = ray.remote(run_job)
             needs = {job.key: self.needs(job) for job in jobs}
             queue = Queue(
-                sorted(jobs, key=lambda job: (not needs[job.key]["alone"], -needs[job.key]["work"])), self.finished
+                sorted(jobs, key=lambda job: (not needs[job.key]["alone"], -needs[job.key]["seconds"])), self.finished
             )
             running: dict[Any, Job] = {}
             while queue.waiting or running:
@@ -162,11 +168,10 @@ class Ray:
                     "or use cluster=local"
                 ) from error
             return
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # "local" is a cluster of this run's own: without it Ray would join whatever runs on this machine.
         ray.init(
             address="local",
-            num_cpus=max(1, min(cpus, int(self.free_gib / GIB_PER_WORKER))),
+            num_cpus=workers(self.free_gib),
             include_dashboard=False,
             object_store_memory=100 * 2**20,  # records are small; the default is a third of the memory
             **quiet,

@@ -77,6 +77,9 @@ class Session:
             self.messages.append(message)
             self.console.print(f"[yellow]![/yellow] {escape(message)}", soft_wrap=True)
 
+    def _say(self, message: str) -> None:
+        self.console.print(f"[dim]{escape(message)}[/dim]", soft_wrap=True)
+
     def _run(self, missing: list[Job], free: float) -> None:
         from results.tables import cost_table
         from runners.executors import Inline, Ray
@@ -99,12 +102,15 @@ class Session:
             self._execute(Ray(self.workplace, self.records, self.config.cluster, self._needs, free), rest)
 
     def _execute(self, executor: object, jobs: list[Job]) -> None:
+        from runners.executors import Ray, workers
         from runners.view import View
 
         if not jobs:
             return
-        work = {job.key: self._needs(job)["work"] for job in jobs}
-        view = View(self.console, jobs, len(self.jobs) - len(jobs), work, self.workplace.output / "progress")
+        seconds = {job.key: self._needs(job)["seconds"] for job in jobs}
+        slots = workers(free_gib()) if isinstance(executor, Ray) else 1
+        progress = self.workplace.output / "progress"
+        view = View(self.console, jobs, len(self.records), len(self.jobs), seconds, slots, progress)
 
         def done(record: Record, messages: Sequence[str]) -> None:
             view.finished(record.key)
@@ -113,7 +119,7 @@ class Session:
                 self._tell(message)
             if record.status == "failed":
                 self._tell(f"{record.stage} {record.model} ({record.task}) failed: {record.reason}")
-            elif record.stage != "cost":
+            elif record.status == "done" and record.stage != "cost":
                 self.console.print(f"[green]✓[/green] {escape(_line(record))}", soft_wrap=True)
 
         with view:
@@ -135,7 +141,7 @@ class Session:
             wanted = (job.data, str(sorted(job.data_options.items()))) if job.stage == "train" else None
             if wanted is not None and wanted not in ready:
                 try:
-                    data.prepare(job.data, self.workplace.data_root, job.data_options, self._tell)
+                    data.prepare(job.data, self.workplace.data_root, job.data_options, self._say)
                     ready[wanted] = None
                 except Blocked as error:
                     ready[wanted] = error
@@ -183,7 +189,6 @@ class Session:
             title=suite.title,
             description=suite.description,
             keys=[job.key for job in self.jobs],
-            messages=self.messages,
         )
 
     def _close(self, computed: int) -> int:
@@ -258,8 +263,6 @@ def _line(record: Record) -> str:
     head = f" + {record.head}" if record.head else ""
     name = f"{record.stage} {record.model}{head} ({record.task})"
     metrics = record.metrics
-    if record.status != "done":
-        return f"{name}: {record.status}"
     if record.stage == "speed":
         return f"{name}: {metrics['latency_ms']:.1f} ms"
     if record.stage == "train":

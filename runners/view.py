@@ -25,13 +25,24 @@ class View:
     Running jobs say how far they are in files of `progress` (see runners.execute), wherever they run.
     """
 
-    def __init__(self, console: Console, jobs: Sequence[Job], finished: int, work: Mapping[str, float], progress: Path):
+    def __init__(
+        self,
+        console: Console,
+        jobs: Sequence[Job],
+        before: int,
+        total: int,
+        seconds: Mapping[str, float],
+        slots: int,
+        progress: Path,
+    ):
         self.console = console
         self.jobs = {job.key: job for job in jobs}
-        self.before = finished  # jobs that the ledger had already
-        self.work = dict(work)  # estimated work of each job, any unit
+        self.total = total  # jobs of the suite, `jobs` among them
+        self.seconds = dict(seconds)  # a first guess of what each job takes
+        self.slots = slots  # jobs that run side by side
         self.progress = progress
         self.left = set(self.jobs)
+        self.before = before  # jobs that the ledger had already
         self.started = time.monotonic()
         self._live: Live | None = None
         self._ended = threading.Event()
@@ -84,20 +95,18 @@ class View:
     def _headline(self, states: Mapping[str, dict]) -> Text:
         done = self.before + len(self.jobs) - len(self.left)
         text = Text()
-        text.append(f"{done} of {self.before + len(self.jobs)} jobs done", style="bold")
-        text.append(f" · {len(states)} running · {len(self.left) - len(states)} waiting")
-        left = self._seconds_left(states)
-        if left is not None:
-            text.append(f" · about {_duration(left)} left")
+        text.append(f"{done} of {self.total} jobs done", style="bold")
+        text.append(f" · {len(states)} running · {self.total - done - len(states)} left")
+        text.append(f" · about {_duration(self._seconds_left(states))} left")
         return text
 
-    def _seconds_left(self, states: Mapping[str, dict]) -> float | None:
-        """From the share of the estimated work that this run has done so far; None while that says nothing yet."""
-        total = sum(self.work.values())
-        left = sum(self.work[key] * (1.0 - states.get(key, {}).get("fraction", 0.0)) for key in self.left)
-        share = 1.0 - left / total if total else 0.0
+    def _seconds_left(self, states: Mapping[str, dict]) -> float:
+        """The guess for what is left, corrected by how wrong it was for what this run has done so far."""
+        total = sum(self.seconds.values())
+        left = sum(self.seconds[key] * (1.0 - states.get(key, {}).get("fraction", 0.0)) for key in self.left)
         elapsed = time.monotonic() - self.started
-        return elapsed * (1.0 - share) / share if share > 0.02 and elapsed > 5.0 else None
+        correction = elapsed * self.slots / (total - left) if total - left > 0.1 * total and elapsed > 20 else 1.0
+        return left / self.slots * correction
 
     def _running(self) -> dict[str, dict]:
         states = {}

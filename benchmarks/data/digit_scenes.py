@@ -27,7 +27,7 @@ class _Options:
     digit_size: tuple[float, float]  # side of a digit's 8 x 8 scan on the canvas, pixels
     contrast: tuple[float, float]  # ink against the canvas's mean brightness, of the full range
     brightness: tuple[float, float] = (0.2, 0.35)  # mean of the canvas; below the contrast, ink is always brighter
-    wander: float = 4.0  # largest shift of a digit from its place, in either direction, pixels
+    wander: float = 3.0  # largest shift of a digit from its place, in either direction, pixels
     rotation: float = 5.0  # largest turn of a digit either way, degrees
     tint: float = 0.03  # standard deviation of the ink's and the canvas's colour around grey, of the full range
     texture: float = 0.05  # standard deviation of the smooth multi-scale noise, of the full range
@@ -45,7 +45,6 @@ class ClassificationOptions(_Options):
     validation: int = 500
     digit_size: tuple[float, float] = (22.0, 26.0)
     contrast: tuple[float, float] = (0.45, 0.6)
-    wander: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class SegmentationOptions(_Options):
     canvas: int = 64
     train: int = 2000
     validation: int = 200
-    digit_size: tuple[float, float] = (24.0, 36.0)
+    digit_size: tuple[float, float] = (26.0, 36.0)
     contrast: tuple[float, float] = (0.4, 0.6)
-    digits: tuple[int, int] = (2, 4)  # per image
+    digits: tuple[int, int] = (3, 4)  # per image
     jpeg_quality: int = 95
 
 

@@ -124,7 +124,7 @@ def test_upper_digit_wins():
 def test_options_have_folders_of_their_own(small):
     root = small[SEGMENTATION].parent
     assert data.prepare(SEGMENTATION, root, dict(reversed(SMALL.items())), report=refuse_report) == small[SEGMENTATION]
-    as_list = data.prepare(SEGMENTATION, root, {**SMALL, "digit_size": [24, 36]}, report=refuse_report)
+    as_list = data.prepare(SEGMENTATION, root, {**SMALL, "digit_size": [26, 36]}, report=refuse_report)
     assert as_list == small[SEGMENTATION]
     other = data.prepare(SEGMENTATION, root, {**SMALL, "canvas": 96}, report=lambda line: None)
     assert other != small[SEGMENTATION]
