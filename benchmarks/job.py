@@ -12,6 +12,7 @@ from typing import Any
 STAGES = ("cost", "speed", "train", "evaluate")
 TASKS = ("classification", "segmentation")
 HEADS = ("segformer",)
+SCHEDULES = ("poly", "cosine")
 PRECISIONS = ("float32", "amp")
 
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks import data
 from benchmarks.errors import InputError
-from benchmarks.job import HEADS, PRECISIONS, STAGES, TASKS, Job
+from benchmarks.job import HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job
 from runners.config import Benchmark, Config, ModelEntry
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
@@ -107,28 +107,36 @@ def _check(benchmark: Benchmark, where: str) -> None:
     for name in ("iterations", "batch_size", "checkpoint_every", "threads"):
         if getattr(recipe, name) < 1:
             raise InputError(f"{where}: recipe.{name} is {getattr(recipe, name)}; it must be at least 1")
+    choose("schedule", recipe.schedule, SCHEDULES, f"{where}: recipe")
+    if not 0 <= recipe.warmup_iterations < recipe.iterations:
+        raise InputError(
+            f"{where}: {recipe.warmup_iterations} warm-up iterations do not fit into {recipe.iterations} iterations"
+        )
     if recipe.learning_rate <= 0:
         raise InputError(f"{where}: recipe.learning_rate is {recipe.learning_rate}; it must be above 0")
 
 
 def check_models(jobs: Sequence[Job]) -> None:
-    """Builds each model once without weights: finds unknown names, fields and impossible sizes before anything runs.
+    """Builds each model once without weights: finds what is unknown or impossible before anything runs.
+
+    A size that a model cannot take is not looked for: it is a row of the tables with its reason, beside the others.
 
     Raises:
-        InputError: names the model or the field, with the near matches.
+        InputError: names the model, the field or the optimizer, with the near matches.
     """
     import torch
+    from timm.optim import list_optimizers
 
     import zoo
 
-    models = {
-        (job.model, job.task, job.input_size, json.dumps(job.content()["model_config"], sort_keys=True)): job
-        for job in jobs
-    }
+    for name in {job.recipe.optimizer for job in jobs if job.recipe is not None}:
+        choose("optimizer", name, list_optimizers(), "recipe")
+
+    models = {(job.model, job.task, json.dumps(job.content()["model_config"], sort_keys=True)): job for job in jobs}
     for job in models.values():
         try:
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # mmcv warns of operators not used
                 features = job.task == "segmentation"
-                zoo.create_model(job.model, features_only=features, img_size=job.input_size, **job.model_config)
+                zoo.create_model(job.model, features_only=features, **job.model_config)
         except zoo.ZooError as error:
             raise InputError(str(error)) from error

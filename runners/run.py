@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -26,6 +26,7 @@ from runners.plan import choose
 from runners.session import Session
 
 COMPLETE, WRONG_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 130
+EXPECTED = (InputError, HydraException, OmegaConfBaseException, OSError)  # the user's input, or the place it is run in
 CONF = Path(__file__).parent / "conf"
 
 
@@ -36,25 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     command = shlex.join(["python", "runners/run.py", *arguments])
     statuses: list[int] = []
+    failures: list[Exception] = []
     started = time.monotonic()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def application(config: DictConfig) -> None:
-        settings: Config = OmegaConf.to_object(config)
+        if failures:  # in an earlier run of a sweep
+            return
         swept = " " + " ".join(HydraConfig.get().overrides.task) if HydraConfig.get().mode.name == "MULTIRUN" else ""
-        statuses.append(Session(settings, command + swept, Console(file=sys.stdout), started).run())
+        console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
+        try:
+            settings: Config = OmegaConf.to_object(config)
+            statuses.append(Session(settings, command + swept, console, started).run())
+        except EXPECTED as error:  # kept for below: Hydra would print lines of its own
+            failures.append(error)
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the lines below say it in one
     sys.argv[1:] = arguments
     try:
         application()
+        if failures:
+            raise failures[0]
     except SystemExit as error:  # argparse: a flag that does not exist
         return WRONG_INPUT if error.code else COMPLETE
     except KeyboardInterrupt:
         print("\nInterrupted. Finished jobs are kept; the same command continues.", file=sys.stderr)
         return INTERRUPTED
-    except (InputError, HydraException, OmegaConfBaseException, OSError) as error:
+    except EXPECTED as error:
         if debug:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -74,6 +84,8 @@ def one_line(error: BaseException) -> str:
         return f"cannot write {error.filename or 'the output'}: {error.strerror or error}; choose another output=FOLDER"
     if isinstance(error, InputError):
         return str(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override '{error.override}'; write KEY=VALUE, and quote it for the shell if need be"
     cause = error.__cause__
     text = str(error if cause is None or str(cause) in str(error) else f"{error}\n{cause}")
     lines = [line.strip() for line in text.splitlines()]

@@ -1,0 +1,136 @@
+"""Suites become jobs: every suite file plans, and a job's key is its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from benchmarks.errors import InputError
+from benchmarks.job import HEADS, STAGES, TASKS
+from runners.config import Config, register
+from runners.plan import make_jobs
+from runners.run import CONF
+
+SUITES = sorted(path.stem for path in (CONF / "suite").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+
+
+def configuration(*overrides: str) -> Config:
+    register()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return OmegaConf.to_object(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_composes_and_plans(suite):
+    config = configuration(f"suite={suite}")
+    assert config.suite.name == suite
+    assert config.output == f"runs/{suite}"
+    assert config.suite.title
+    assert config.suite.description
+    jobs = make_jobs(config)
+    keys = [job.key for job in jobs]
+    assert len(set(keys)) == len(keys)
+    for job in jobs:
+        assert job.stage in STAGES
+        assert job.task in TASKS
+        assert job.head in (None, *HEADS)
+        assert all(keys.index(before) < keys.index(job.key) for before in job.depends_on)
+    models = sum(len(benchmark.models) for benchmark in config.suite.benchmarks.values())
+    assert len(jobs) == models * len([stage for stage in config.suite.stages if stage != "report"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_used(recipe):
+    assert any(f"recipe: {recipe}" in (CONF / "suite" / f"{suite}.yaml").read_text() for suite in SUITES)
+
+
+def keys(*overrides: str) -> dict[str, set[str]]:
+    jobs = make_jobs(configuration(*overrides))
+    return {stage: {job.key for job in jobs if job.stage == stage} for stage in STAGES}
+
+
+def test_keys_are_stable_across_processes():
+    program = f"import runpy; module = runpy.run_path({__file__!r}); print(*map(sorted, module['keys']().values()))"
+    seen = [
+        subprocess.run(
+            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for seed in "12"
+    ]
+    assert seen == [" ".join(str(sorted(found)) for found in keys().values())] * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("suite.benchmarks.segmentation.recipe.learning_rate=0.123", {"train", "evaluate"}),
+        ("suite.speed.repeats=7", {"speed"}),
+        ("seeds=[5]", {"train", "evaluate"}),
+        ("suite.precision=amp", {"train", "evaluate"}),
+        ("+suite.benchmarks.segmentation.data_options.seed=1", {"train", "evaluate"}),
+        ("suite.benchmarks.segmentation.input_size=[96,96]", {"cost", "speed", "train", "evaluate"}),
+        ("suite.title=another", set()),
+        ("suite.must_gain=1", set()),
+        ("executor=inline", set()),
+    ],
+)
+def test_a_key_changes_with_what_decides_the_outcome_and_with_nothing_else(override, changed):
+    before, after = keys(), keys(override)
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == changed
+
+
+def test_adding_a_model_adds_its_jobs_and_touches_no_other():
+    before, after = keys("models=[hivit_tiny]"), keys("models=[hivit_tiny,resnet18]")
+    for stage in STAGES:
+        assert before[stage] < after[stage]
+        assert len(after[stage] - before[stage]) == 2  # one for each task
+
+
+def test_seeds_repeat_trainings_only():
+    counts = {stage: len(found) for stage, found in keys("seeds=[0,1,2]").items()}
+    once = {stage: len(found) for stage, found in keys().items()}
+    assert counts == {stage: once[stage] * (3 if stage in ("train", "evaluate") else 1) for stage in STAGES}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages=[trian]"], "unknown stage 'trian'; did you mean train"),
+        (["stages=[evaluate]"], "'evaluate' needs 'train'"),
+        (["suite.benchmarks.segmentation.head=segformr"], "unknown head 'segformr'; did you mean segformer"),
+        (["suite.benchmarks.segmentation.task=segment"], "unknown task 'segment'; did you mean segmentation"),
+        (["suite.benchmarks.segmentation.data=ade20"], "ade20k"),
+        (["suite.benchmarks.segmentation.data=digit_scenes_classification"], "is for classification, not segmentation"),
+        (["suite.benchmarks.segmentation.input_size=[64]"], r"input_size \[64\] must be \[height, width\]"),
+        (["suite.benchmarks.segmentation.input_size=[16,64]"], "at least 32 pixels"),
+        (["suite.benchmarks.segmentation.recipe.batch_size=0"], "recipe.batch_size is 0; it must be at least 1"),
+        (["suite.benchmarks.segmentation.recipe.learning_rate=-1"], "learning_rate is -1.0; it must be above 0"),
+        (["suite.benchmarks.classification.head=segformer"], "a classification has no head"),
+        (["suite.precision=half"], "unknown precision 'half'"),
+    ],
+)
+def test_impossible_settings_are_one_line(overrides, message):
+    with pytest.raises(InputError, match=message) as error:
+        make_jobs(configuration(*overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_jobs_are_frozen_data():
+    job = make_jobs(configuration())[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        job.seed = 1
+
+
+def test_planning_needs_no_torch():
+    program = (
+        "import sys; from runners.plan import make_jobs; import runners.session, results.report; "
+        "print('torch' in sys.modules, 'ray' in sys.modules, 'pandas' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["False", "False", "False"]
