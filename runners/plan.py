@@ -88,10 +88,15 @@ def make_jobs(config: Config) -> list[Job]:
 
 
 def _models(config: Config, benchmark: Benchmark) -> dict[str, ModelEntry]:
-    """The benchmark's models, or those that `models=[...]` names; a registered name that it lacks is added to it."""
+    """The benchmark's models, or those of them that `models=[...]` names.
+
+    A name that no benchmark of the suite has is one that the zoo or timm registers: it is added to every benchmark.
+    """
     if config.models is None:
         return benchmark.models
-    return {label: benchmark.models.get(label, ModelEntry()) for label in config.models}
+    known = {label for other in config.suite.benchmarks.values() for label in other.models}
+    chosen = [label for label in config.models if label in benchmark.models or label not in known]
+    return {label: benchmark.models.get(label, ModelEntry()) for label in chosen}
 
 
 def _check(benchmark: Benchmark, where: str) -> None:

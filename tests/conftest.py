@@ -1,69 +1,9 @@
-"""Shared by all tests: a command line as a user has it, and the miniature of the demo."""
+"""Fixtures that all tests share."""
 
-from __future__ import annotations
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# The demo suite with models, data and trainings of seconds; everything else as it is.
-MINIATURE = [
-    "models=[test_hivit,test_mit]",
-    "suite.speed.repeats=5",
-    "suite.speed.warmup=1",
-    "suite.speed.max_seconds=0.2",
-    "suite.must_gain=-100",
-    *(
-        f"{prefix}suite.benchmarks.{task}.{setting}"
-        for task in ("classification", "segmentation")
-        for prefix, setting in (
-            ("", "input_size=[32,32]"),
-            ("", "recipe.iterations=12"),
-            ("", "recipe.warmup_iterations=2"),
-            ("", "recipe.batch_size=4"),
-            ("", "recipe.checkpoint_every=3"),
-            ("+", "data_options={train:40,validation:20}"),
-        )
-    ),
-    "suite.benchmarks.classification.recipe.drop_path_rate=0.1",
-]
-
-
-class CommandLine:
-    """`python runners/run.py` in a folder of its own, as a real process."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.output = folder / "output"
-
-    def command(self, *overrides: str, miniature: bool = True) -> list[str]:
-        settings = [*MINIATURE, *overrides] if miniature else list(overrides)
-        places = [f"output={self.output}", f"data_root={self.folder / 'data'}"]
-        places = [place for place in places if not any(o.startswith(place.split("=")[0] + "=") for o in overrides)]
-        return [sys.executable, str(ROOT / "runners" / "run.py"), *settings, *places]
-
-    def start(self, *overrides: str, miniature: bool = True) -> subprocess.Popen:
-        return subprocess.Popen(
-            self.command(*overrides, miniature=miniature),
-            cwd=self.folder,
-            env=os.environ | {"COLUMNS": "120"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *overrides: str, miniature: bool = True, status: int | None = 0) -> str:
-        """Everything printed; fails unless the exit status is `status`."""
-        process = self.start(*overrides, miniature=miniature)
-        printed, _ = process.communicate(timeout=600)
-        if status is not None:
-            assert process.returncode == status, f"exit status {process.returncode}\n{printed}"
-        return printed
+from tests_support import CommandLine
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_a_size_that_one_model_cannot_take_is_a_row_with_its_reason(call, comman
     assert "Failed: cost deit_tiny (classification)" in printed
     assert "[40, 50]" in printed or "40x50" in printed or "(40, 50)" in printed
     assert "mit_b0" in printed
-    assert len(list((command_line.output / "ledger").glob("*.json"))) == 4
+    assert len(list((command_line.output / "ledger").glob("*.json"))) == 3
 
 
 @pytest.mark.parametrize("found", ["missing", "empty", "wrong layout"])
