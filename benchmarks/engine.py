@@ -301,9 +301,12 @@ def train(job: Job, context: Context, runner_for: Callable[[str | None], Runner]
         path.unlink()
     return Outcome(
         metrics={"final_loss": loss, "iterations": job.recipe.iterations},
-        details={"weights_sha256": digest, "resumed_from": None if checkpoint is None else checkpoint.name},
+        details={
+            "final_loss": "mean of the last 20 iterations",
+            "weights_sha256": digest,
+            "resumed_from": None if checkpoint is None else checkpoint.name,
+        },
         artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}"},
-        notes=["final_loss is the mean of the last 20 iterations"],
     )
 
 

@@ -8,7 +8,7 @@ import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -38,6 +38,7 @@ STYLE = {
     "xtick.color": "0.3",
     "ytick.color": "0.3",
 }
+RING = {"marker": "o", "markerfacecolor": "none", "markersize": 9}  # around each point of a Pareto front
 # Colours that people with colour-blindness can tell apart, dark enough for text on white, each with its own marker.
 FAMILIES = ("HiViT", "HRViT", "HRFormer", "HIRI-ViT")  # the suite's own families always look the same
 COLOURS = ("#0060a8", "#c44e00", "#00795a", "#a3317f", "#6b4c9a", "#8a6100", "#4d4d4d", "#2a8aa8", "#9e2a2b", "#5b7a1f")
@@ -98,6 +99,7 @@ class Panel:
     names: list[str]  # their labels
     omitted: list[str]  # the names of rows without one
     hardware: str = ""
+    families: tuple[str, ...] = ()  # of all records, so that a family looks the same in every figure
 
     @property
     def title(self) -> str:
@@ -133,6 +135,7 @@ def draw(records: Sequence[Record], folder: Path) -> Drawn:
     """
     drawn = Drawn()
     panels: list[Panel] = []
+    families = tuple(sorted({record.family for record in records}))
     for task in TASKS:
         rows = join(records, task)
         datasets = list(dict.fromkeys(row.data for row in rows))
@@ -140,7 +143,7 @@ def draw(records: Sequence[Record], folder: Path) -> Drawn:
             group = [row for row in rows if row.data == data]
             suffix = f"_{_slug(data or 'no data')}" if len(datasets) > 1 else ""
             for axis in AXES:
-                panel = _panel(task, data, axis, group)
+                panel = replace(_panel(task, data, axis, group), families=families)
                 if not panel.rows:
                     where = f" on {data}" if data else ""
                     drawn.notes.append(f"No plot of {task} against {axis.title}{where}: no model has both numbers yet.")
@@ -173,8 +176,9 @@ def _compose(panels: Sequence[Panel], unlabelled: Sequence[str]) -> tuple[Figure
     height = 5.2 + 0.1 * max(0, crowd - 10) if single else 0.7 + 3.1 * lines
     figure = Figure(figsize=(8, height), dpi=DPI)
     FigureCanvasAgg(figure)
-    families = sorted({row.family for panel in panels for row in panel.rows}, key=_family_order)
-    looks = _looks(families)
+    shown = {row.family for panel in panels for row in panel.rows}
+    everywhere = _looks(sorted(shown.union(*(panel.families for panel in panels)), key=_family_order))
+    looks = {family: look for family, look in everywhere.items() if family in shown}
     bottom = _add_footer(figure, looks, _caption(panels, unlabelled), size - 1)
     figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, bottom, 1, 1 - bottom), w_pad=0.08, h_pad=0.08))
     grid = figure.subplots(lines, 1 if single else 2, squeeze=False).ravel()
@@ -223,7 +227,8 @@ def _draw_points(axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]],
             ends = [y - row.metric.std, y + row.metric.std]
             axes.plot([x, x], ends, color=looks[row.family][0], linewidth=1.2, alpha=0.45, zorder=2.5)
     front = points[pareto_front(panel.points)]
-    axes.plot(*front.T, color="0.45", linewidth=1.1, zorder=2)
+    # The rings show a front of a single point, which has no line.
+    axes.plot(*front.T, color="0.45", linewidth=1.1, zorder=2, **RING | {"markersize": 1.6 * _diameter(size)})
     seaborn.scatterplot(
         x=points[:, 0],
         y=points[:, 1],
@@ -377,7 +382,7 @@ def _add_footer(figure: Figure, looks: Mapping[str, tuple[str, str]], caption: s
         Line2D([], [], color=colour, marker=marker, linestyle="", markersize=size * 0.75, label=shorten(family, 20))
         for family, (colour, marker) in looks.items()
     ]
-    handles.append(Line2D([], [], color="0.45", linewidth=1.2, label="Pareto front (best for its cost)"))
+    handles.append(Line2D([], [], color="0.45", linewidth=1.2, **RING, label="Pareto front (best for its cost)"))
     for rows in range(1, len(handles) + 1):
         columns = -(-len(handles) // rows)
         legend = figure.legend(

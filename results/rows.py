@@ -110,7 +110,14 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def hardware_label(record: Record) -> str:
-    """The short name of the hardware in a record's provenance; empty when it says nothing."""
+    """The short name of the hardware in a record's provenance, and the CPU threads of a speed; empty when unknown."""
+    name, threads = _hardware_name(record), record.details.get("threads")
+    if not name or not threads or (record.job.get("speed") or {}).get("device") != "cpu":
+        return name
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _hardware_name(record: Record) -> str:
     hardware = record.provenance.get("hardware", "")
     if isinstance(hardware, dict):
         on_cpu = (record.job.get("speed") or {}).get("device") == "cpu"
