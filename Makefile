@@ -26,4 +26,4 @@ test: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info

@@ -2,16 +2,16 @@
 
 An interrupted training that goes on from its last checkpoint ends with the same weights as one that was never
 interrupted: the data of step n depend on the seed and n alone (`NumberedSampler`, `SeededDataset`), and the state of
-the generator that dropout and drop path use travels in the checkpoint (`ResumeHook`).
+the generator that dropout and drop path use travels in the checkpoint (`JobHook`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.job import Job
 
 WEIGHTS = "weights.safetensors"
+TEMPORARY = ".tmp"  # the lock of a job keeps two writers apart
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,19 @@ class AtomicBackend(LocalBackend):
     """Local files that are there in full or not at all: a kill while writing leaves the file of before."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
+        # First the digest: a checkpoint without one counts as damaged, since torch.load does not notice flipped bits.
+        write_atomically(_digest_file(Path(filepath)), hashlib.sha256(obj).hexdigest().encode())
         write_atomically(Path(filepath), obj)
+
+
+def _digest_file(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".sha256")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that any reader, at any moment and after any crash, sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -156,43 +163,46 @@ def install_engine() -> None:
     CheckpointLoader.register_scheme(prefixes="", loader=load_checkpoint_safely, force=True)
 
 
-class ResumeHook(Hook):
-    """Puts the generators' state into each checkpoint and takes it out again at the first step after a resumption."""
+class JobHook(Hook):
+    """Says how far a job is, stops at a loss that is not a number, and makes checkpoints that resume exactly.
 
-    def __init__(self) -> None:
-        self._state: dict[str, Any] | None = None
+    A checkpoint also holds the generators' state, put back at the first step after a resumption, and the last losses.
+    """
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.losses: deque[float] = deque(maxlen=20)
+        self._generators: dict[str, Any] | None = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint["losses"] = list(self.losses)
         checkpoint["generators"] = {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        # The smoothed history of the log holds objects that could only be read back by unpickling.
-        checkpoint["message_hub"]["log_scalars"] = {}
+        # Of mmengine's message hub only what can be read back without unpickling: no histories, no NumPy scalars.
+        hub = checkpoint["message_hub"]
+        hub["log_scalars"] = {}
+        hub["runtime_info"] = {
+            key: value.item() if isinstance(value, np.generic) else value for key, value in hub["runtime_info"].items()
+        }
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        self._state = checkpoint.get("generators")
+        self.losses.extend(checkpoint["losses"])
+        self._generators = checkpoint["generators"]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        if self._state is not None:
-            torch.set_rng_state(self._state["cpu"].cpu())
+        if self._generators is not None:
+            torch.set_rng_state(self._generators["cpu"].cpu())
             if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self._state["cuda"]])
-            self._state = None
-
-
-class ProgressHook(Hook):
-    """Tells the context how far a training or an evaluation is; refuses to go on with a loss that is not a number."""
-
-    priority = "VERY_LOW"
-
-    def __init__(self, context: Context):
-        self.context = context
+                torch.cuda.set_rng_state_all([state.cpu() for state in self._generators["cuda"]])
+            self._generators = None
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         loss = float(outputs["loss"])
-        if not np.isfinite(loss):
+        if not np.isfinite(loss):  # found before CheckpointHook, which comes later, writes it down
             raise FloatingPointError(f"the loss became {loss} at iteration {batch_idx + 1}; lower the learning rate")
+        self.losses.append(loss)
         self.context.progress({"fraction": (batch_idx + 1) / runner.max_iters, "text": f"loss {loss:.3f}"})
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -228,7 +238,7 @@ def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings:
         model=model,
         work_dir=str(context.folder(job.key)),
         default_hooks=hooks,
-        custom_hooks=[ResumeHook(), ProgressHook(context)],
+        custom_hooks=[JobHook(context)],
         default_scope="mmseg",
         randomness={"seed": job.seed},
         experiment_name=job.key,
@@ -273,16 +283,15 @@ def optim_wrapper(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint in `folder` that can be read; a damaged one is reported by name and set aside."""
-    found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
+    """The newest whole checkpoint in `folder`; a damaged one is reported by name and set aside."""
+    found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.removeprefix("iter_")), reverse=True)
     for path in found:
-        try:
-            load_checkpoint_safely(str(path), map_location="cpu")
+        digest = _digest_file(path)
+        if digest.is_file() and digest.read_text() == sha256(path):
             return path
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
-            aside = path.with_suffix(".damaged")
-            os.replace(path, aside)
-            report(f"the checkpoint {path} is damaged: set aside as {aside.name}")
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        report(f"the checkpoint {path} is damaged: set aside as {aside.name}")
     return None
 
 
@@ -292,17 +301,19 @@ def train(job: Job, context: Context, runner_for: Callable[[str | None], Runner]
     `runner_for(checkpoint)` builds the task's Runner, resuming from `checkpoint` if it is given.
     """
     folder = context.folder(job.key)
+    for leftover in folder.glob(f"*{TEMPORARY}"):  # of a process that was killed while it wrote
+        leftover.unlink()
     checkpoint = newest_checkpoint(folder, context.report)
     runner = runner_for(None if checkpoint is None else str(checkpoint))
     runner.train()
-    loss = float(runner.message_hub.get_scalar("train/loss").mean(window_size=20))
+    losses = next(hook.losses for hook in runner.hooks if isinstance(hook, JobHook))
     digest = save_weights(runner.model, folder / WEIGHTS)
-    for path in folder.glob("iter_*.pth"):  # hundreds of MB each, and of no more use
+    for path in [*folder.glob("iter_*.pth"), *folder.glob("iter_*.sha256")]:  # hundreds of MB, and of no more use
         path.unlink()
     return Outcome(
-        metrics={"final_loss": loss, "iterations": job.recipe.iterations},
+        metrics={"final_loss": sum(losses) / len(losses), "iterations": job.recipe.iterations},
         details={
-            "final_loss": "mean of the last 20 iterations",
+            "final_loss": f"mean of the last {len(losses)} iterations",
             "weights_sha256": digest,
             "resumed_from": None if checkpoint is None else checkpoint.name,
         },
@@ -312,7 +323,7 @@ def train(job: Job, context: Context, runner_for: Callable[[str | None], Runner]
 
 def save_weights(model: torch.nn.Module, path: Path) -> str:
     """Writes a model's state as safetensors, atomically; returns the file's SHA-256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
         digest = sha256(temporary)
@@ -331,9 +342,3 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def weights_are_intact(output: Path, artifacts: Mapping[str, str], details: Mapping[str, Any]) -> bool:
-    """Whether the weights of a finished training are still the file that its record speaks of."""
-    path = output / artifacts.get("weights", "")
-    return path.is_file() and sha256(path) == details.get("weights_sha256")

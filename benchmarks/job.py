@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -41,8 +42,7 @@ class Recipe:
     augmentation: dict[str, Any] = field(default_factory=dict)  # see benchmarks.classification and .segmentation
     evaluation: dict[str, Any] = field(default_factory=dict)  # likewise
     checkpoint_every: int = 2000  # iterations
-    # Both are part of a job's key: the order of floating-point sums, and so the metric, depends on the threads.
-    threads: int = 1  # CPU threads of a training or evaluation
+    threads: int = 1  # CPU threads; they decide the order of floating-point sums, and with it the last digits
     workers: int = 0  # data-loading processes
 
 
@@ -104,17 +104,21 @@ class Job:
                 "data": self.data,
                 "data_version": self.data_version,
                 "data_options": dict(self.data_options),
-                "recipe": asdict(self.recipe),
+                "recipe": {name: value for name, value in asdict(self.recipe).items() if name not in self._unused()},
                 "depends_on": list(self.depends_on),
             }
         return json.loads(json.dumps(content, sort_keys=True))
+
+    def _unused(self) -> set[str]:
+        """Fields of the recipe that do not decide the outcome of this stage."""
+        return {"checkpoint_every", "workers"} | ({"evaluation"} if self.stage == "train" else set())
 
     @cached_property
     def key(self) -> str:
         """File name of the job's record: readable in front, 16 hexadecimal digits of its content's SHA-256 behind."""
         digest = hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]
         parts = [self.stage, self.task[:3], self.label, *([self.head] if self.head else []), digest]
-        return "-".join("".join(c if c.isalnum() or c in "_." else "_" for c in part) for part in parts)
+        return "-".join(re.sub(r"[^A-Za-z0-9_.]", "_", part)[:60] for part in parts)
 
     @property
     def title(self) -> str:

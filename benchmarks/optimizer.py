@@ -26,7 +26,7 @@ def build_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
     )
     groups = []
     for module, multiplier in parts.values():
-        for group in param_groups_weight_decay(module, recipe.weight_decay, _not_decayed(module)):
+        for group in param_groups_weight_decay(module, recipe.weight_decay, no_weight_decay_list=_not_decayed(module)):
             groups.append(group | {"lr": recipe.learning_rate * multiplier})
     return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
 

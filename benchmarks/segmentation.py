@@ -3,7 +3,7 @@
 `Recipe.augmentation` of a training: `resize` ([width, height], or null to keep the size), `ratio_range` of the random
 rescaling, `crop` (default: the job's input size), `maximum_class_share` of a crop, `flip` (probability),
 `photometric_distortion` (bool). `Recipe.evaluation`: `resize` ([width, height] that the image is fitted into, or null),
-`mode` ("whole" or "slide"), `stride` (of sliding windows of the input size).
+`mode` ("whole" or "slide"), `stride` (of sliding windows of the input size), `size_divisor` (sides are padded to it).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def build_model(job: Job) -> EncoderDecoder:
             "pad_val": 0,
             "seg_pad_val": 255,
             "size": _crop(job),
-            "test_cfg": {"size_divisor": 1},
+            "test_cfg": {"size_divisor": evaluation.get("size_divisor", 1)},
         },
     )
 

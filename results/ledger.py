@@ -77,6 +77,12 @@ class Ledger:
         remove_stale_temporaries(self.folder)
         return records
 
+    def retire(self, key: str, reason: str) -> None:
+        """Move a record aside that can be read but is no longer true; `reports` says so."""
+        with self._lock():
+            if self.path(key).exists():
+                self._move(key, "damaged", RecordError(reason))
+
     def set_aside(self) -> list[Path]:
         """The files that were moved aside as damaged, in this run or an earlier one."""
         return sorted((self.folder / "damaged").glob("*.json"))

@@ -49,6 +49,15 @@ class Benchmark:
 
 
 @dataclass
+class Expected:
+    """What a suite is expected to take and to give, for its readers; tables never show these as measured."""
+
+    cost: str = ""  # time and hardware
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # benchmark -> model -> percent
+    source: str = ""  # where the scores are from
+
+
+@dataclass
 class Suite:
     """What is compared with what: models x tasks x seeds x stages."""
 
@@ -61,11 +70,8 @@ class Suite:
     precision: str = "float32"
     speed: SpeedSettings = field(default_factory=SpeedSettings)
     benchmarks: dict[str, Benchmark] = MISSING
-    # The metric that ranks each task, its direction and the gain over the trivial baseline, in points, that a trained
-    # model must show to count as having learnt.
-    metrics: dict[str, str] = field(default_factory=lambda: {"classification": "top1", "segmentation": "mIoU"})
-    must_gain: float = 10.0
-    expected: dict[str, Any] = field(default_factory=dict)  # for readers: approximate cost and scores
+    must_gain: float = 10.0  # points over the trivial baseline that a trained model must show to count as having learnt
+    expected: Expected = field(default_factory=Expected)
 
 
 @dataclass

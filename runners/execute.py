@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 import traceback
@@ -60,7 +61,10 @@ def run_job(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
             tell({"fraction": 0.0, "text": "another run is at it; waiting"}, force=True)
             lock.acquire()
         record = ledger.get(job.key)
-        if record is None or record.status != "done":
+        if record is not None and record.done and not weights_are_there(record, workplace.output):
+            ledger.retire(job.key, "its weights are missing or damaged")
+            record = None
+        if record is None or not record.done:
             tell({"fraction": 0.0, "text": "starting"}, force=True)
             record = _measure(job, workplace, ledger, messages, tell)
             ledger.put(record)
@@ -98,6 +102,17 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
         notes=outcome.notes if outcome else [],
         provenance=provenance(workplace.command, started.isoformat(timespec="seconds"), time.monotonic() - clock),
     )
+
+
+def weights_are_there(record: Record, output: Path) -> bool:
+    """Whether a finished training still has the file that its record speaks of; true for all other jobs."""
+    if record.stage != "train":
+        return True
+    path = output / record.artifacts["weights"]
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == record.details["weights_sha256"]
 
 
 def make_record(job: Job, status: str, reason: str | None, **measured: Any) -> Record:
@@ -143,7 +158,7 @@ class _Progress:
         now = time.monotonic()
         if force or now - self.last >= 1.0:
             self.last = now
-            write_atomic(self.path, json.dumps(state | {"time": time.time()}).encode())
+            write_atomic(self.path, json.dumps(state).encode())
 
     def end(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from benchmarks.job import Job
 from results.record import Record
 from runners.config import Cluster
 from runners.execute import Workplace, make_record, run_job
+from runners.machine import usable_cpus
 
 RETRIES = 3  # of a job whose worker died; errors of the job itself are not retried
 GIB_PER_WORKER = 1.5  # what a training of the demo's size takes, libraries included
@@ -20,8 +21,7 @@ Done = Callable[[Record, Sequence[str]], None]
 
 def workers(free_gib: float) -> int:
     """How many jobs run side by side on this machine: one for each CPU, as far as the memory reaches."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cpus, int(free_gib / GIB_PER_WORKER)))
+    return max(1, min(usable_cpus(), int(free_gib / GIB_PER_WORKER)))
 
 
 class Executor(Protocol):
@@ -84,7 +84,7 @@ class Ray:
     """Jobs as Ray tasks: what wants a machine to itself first, then the longest first.
 
     A task whose worker died (killed, out of memory, its node lost) is started again by Ray, up to `RETRIES` times, and
-    goes on from its last checkpoint. Nothing is opened to other hosts, and nothing is reported home.
+    goes on from its last checkpoint. Ray's token authentication stays on, its dashboard off; nothing is reported home.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Ray:
         self.finished = finished
         self.cluster = cluster
         self.needs = needs
-        self.free_gib = free_gib
+        self.slots = workers(free_gib)  # jobs side by side, on this machine
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         import ray
@@ -107,6 +107,8 @@ class Ray:
         self._connect()
         try:
             widest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+            # mmengine trains on a GPU where there is one: then one of them for each training, never a shared one.
+            gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
             task = ray.remote(run_job)
             needs = {job.key: self.needs(job) for job in jobs}
             queue = Queue(
@@ -127,6 +129,8 @@ class Ray:
                     del queue.waiting[job.key]
                     cpus = widest if needs[job.key]["alone"] else min(needs[job.key]["cpus"], widest)
                     options = {"num_cpus": cpus, "max_retries": RETRIES, "retry_exceptions": False, "name": job.title}
+                    if job.stage in ("train", "evaluate"):
+                        options["num_gpus"] = gpus
                     running[task.options(**options).remote(job, self.workplace)] = job
                 if not running:
                     break
@@ -144,7 +148,7 @@ class Ray:
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise error.cause from None
         except ray.exceptions.RayError as error:
             reason = (
                 f"its worker died {RETRIES + 1} times ({type(error).__name__}): killed, or the machine is out of memory"
@@ -157,7 +161,7 @@ class Ray:
         import ray
 
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # Ray counts these apart, and without an end
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if self.cluster is Cluster.auto:
             try:
@@ -168,11 +172,15 @@ class Ray:
                     "or use cluster=local"
                 ) from error
             return
-        # "local" is a cluster of this run's own: without it Ray would join whatever runs on this machine.
-        ray.init(
-            address="local",
-            num_cpus=workers(self.free_gib),
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,  # records are small; the default is a third of the memory
-            **quiet,
-        )
+        try:
+            # "local" is a cluster of this run's own: without it Ray would join whatever runs on this machine.
+            ray.init(
+                address="local",
+                num_cpus=self.slots,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,  # records are small; the default is a third of the memory
+                **quiet,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"Ray cannot start on this machine: {reason}; executor=inline does without") from error

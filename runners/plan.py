@@ -46,6 +46,9 @@ def make_jobs(config: Config) -> list[Job]:
     choose("precision", suite.precision, PRECISIONS, f"suite {suite.name}")
     if "evaluate" in stages and "train" not in stages:
         raise InputError("stages: 'evaluate' needs 'train' (finished trainings are not repeated)")
+    for name in ("models", "seeds"):
+        if getattr(config, name) == []:
+            raise InputError(f"{name}=[] leaves nothing to run; name at least one, or leave the setting out")
     jobs: dict[str, Job] = {}
     for name, benchmark in suite.benchmarks.items():
         where = f"suite {suite.name}, benchmark {name}"

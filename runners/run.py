@@ -6,6 +6,7 @@ is one line; `--debug` brings the traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -25,8 +26,18 @@ from runners.config import Config, register
 from runners.plan import choose
 from runners.session import Session
 
-COMPLETE, WRONG_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 130
+COMPLETE, WRONG_INPUT, INTERRUPTED = 0, 1, 130  # 2, incomplete, is for a session to say
 EXPECTED = (InputError, HydraException, OmegaConfBaseException, OSError)  # the user's input, or the place it is run in
+UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ENOENT,
+}
 CONF = Path(__file__).parent / "conf"
 
 
@@ -81,7 +92,10 @@ def one_line(error: BaseException) -> str:
         except InputError as unknown:
             return str(unknown)
     if isinstance(error, OSError):
-        return f"cannot write {error.filename or 'the output'}: {error.strerror or error}; choose another output=FOLDER"
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        if error.errno in UNWRITABLE:
+            return f"cannot write {what}; free some space or choose another output=FOLDER"
+        return f"cannot use {what}"
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OverrideParseException):

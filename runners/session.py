@@ -16,10 +16,11 @@ from benchmarks.errors import Blocked, InputError
 from benchmarks.job import Job, scheduling
 from results.ledger import Ledger
 from results.record import Record
+from results.rows import METRIC
 from runners.config import Config
 from runners.config import Executor as ExecutorName
-from runners.execute import Workplace, make_record
-from runners.memory import free_gib
+from runners.execute import Workplace, make_record, weights_are_there
+from runners.machine import free_gib
 from runners.plan import check_models, make_jobs, stages_of
 
 COMPLETE, INCOMPLETE = 0, 2
@@ -52,11 +53,15 @@ class Session:
         # What was blocked or failed in an earlier run is tried again in this one.
         known = ledger.records([job.key for job in self.jobs])
         self.records = {record.key: record for record in known if record.status == "done"}
-        self._distrust_damaged_weights()
+        lost = self._without_weights()
+        for job in lost:
+            del self.records[job.key]  # `run_job` looks again, and sets the ledger's record aside
         missing = [job for job in self.jobs if job.key not in self.records]
         self.console.print(
-            f"[bold]{escape(self.config.suite.title)}[/bold] ({self.config.suite.name}): {len(self.jobs)} jobs, "
-            f"{len(self.jobs) - len(missing)} of them in {escape(str(self.workplace.ledger))} already."
+            f"[bold]{escape(self.config.suite.title)}[/bold] ({self.config.suite.name}, version "
+            f"{self.config.suite.version}): {len(self.jobs)} jobs, {len(self.jobs) - len(missing)} of them in "
+            f"{escape(str(self.workplace.ledger))} already.",
+            soft_wrap=True,
         )
         if missing:
             check_models(missing)
@@ -102,14 +107,16 @@ class Session:
             self._execute(Ray(self.workplace, self.records, self.config.cluster, self._needs, free), rest)
 
     def _execute(self, executor: object, jobs: list[Job]) -> None:
-        from runners.executors import Ray, workers
+        from runners.executors import Ray
         from runners.view import View
 
         if not jobs:
             return
         seconds = {job.key: self._needs(job)["seconds"] for job in jobs}
-        slots = workers(free_gib()) if isinstance(executor, Ray) else 1
+        slots = executor.slots if isinstance(executor, Ray) else 1
         progress = self.workplace.output / "progress"
+        for job in jobs:  # what a killed run left; a living one writes its files again within a second
+            (progress / f"{job.key}.json").unlink(missing_ok=True)
         view = View(self.console, jobs, len(self.records), len(self.jobs), seconds, slots, progress)
 
         def done(record: Record, messages: Sequence[str]) -> None:
@@ -158,38 +165,35 @@ class Session:
             self.records[job.key] = record
         return possible
 
-    def _distrust_damaged_weights(self) -> None:
-        """A finished training whose weights are gone or damaged is done again, if an evaluation still needs them."""
+    def _without_weights(self) -> list[Job]:
+        """Finished trainings whose weights are gone or damaged, though an evaluation still needs them."""
+        needed = {job.depends_on[0] for job in self.jobs if job.stage == "evaluate" and job.key not in self.records}
+        lost = []
         for job in self.jobs:
-            if job.stage != "evaluate" or job.key in self.records or job.depends_on[0] not in self.records:
-                continue
-            from benchmarks.engine import weights_are_intact
-
-            trained = self.records[job.depends_on[0]]
-            if not weights_are_intact(self.workplace.output, trained.artifacts, trained.details):
-                path = self.workplace.output / trained.artifacts.get("weights", "weights")
+            record = self.records.get(job.key) if job.key in needed else None
+            if record is not None and not weights_are_there(record, self.workplace.output):
+                path = self.workplace.output / record.artifacts["weights"]
                 self._tell(f"the weights {path} are missing or damaged: {job.label} is trained again")
-                Ledger(self.workplace.ledger).path(trained.key).unlink(missing_ok=True)
-                del self.records[trained.key]
+                lost.append(job)
+        return lost
 
     def _print_plan(self) -> None:
         table = Table(box=None, pad_edge=False)
         for heading in ("job", "data", "state"):
             table.add_column(heading)
+        if self.config.suite.expected.cost:
+            self.console.print(f"Expected: {escape(self.config.suite.expected.cost)}")
         for job in self.jobs:
             table.add_row(job.title, job.data or "", "done" if job.key in self.records else "to do")
         self.console.print(table)
 
     def _report(self) -> None:
+        """The report on everything in the output folder's ledger, whichever stages and models this run was about."""
         from results.report import build
 
-        suite = self.config.suite
-        build(
-            self.workplace.output,
-            title=suite.title,
-            description=suite.description,
-            keys=[job.key for job in self.jobs],
-        )
+        built = build(self.workplace.output, title=self.config.suite.title, description=self.config.suite.description)
+        for message in built.messages:
+            self._tell(message)
 
     def _close(self, computed: int) -> int:
         from results.tables import closing_table
@@ -224,37 +228,38 @@ class Session:
                 f"Report: {escape(str(report))} (tables, plots and leaderboards beside it)", soft_wrap=True
             )
         elapsed = time.monotonic() - self.started
+        done = sum(record.done for record in records)
         if not computed:
             self.console.print(f"Nothing was left to compute: all {len(self.jobs)} jobs were done. {elapsed:.0f} s.")
-        elif not blocked and not failed:
+        elif done == len(self.jobs):
             self.console.print(
                 f"Complete: {computed} jobs run, {len(self.jobs) - computed} were done before. {elapsed:.0f} s."
             )
         else:
             self.console.print(
-                f"Incomplete: {len(blocked) + len(failed)} of {len(self.jobs)} jobs have no result. {elapsed:.0f} s."
+                f"Incomplete: {len(self.jobs) - done} of {len(self.jobs)} jobs have no result. {elapsed:.0f} s."
             )
-        return INCOMPLETE if blocked or failed else COMPLETE
+        return COMPLETE if done == len(self.jobs) else INCOMPLETE
 
     def _say_who_learnt(self, records: Sequence[Record]) -> None:
         """Whether each trained model clearly beats the trivial baseline, both numbers printed."""
-        for task, metric in self.config.suite.metrics.items():
+        for task, metric in METRIC.items():
             results = [record for record in records if record.task == task and record.stage == "evaluate"]
             results = [record for record in results if record.status == "done"]
             if not results:
                 continue
-            baseline = results[0].metrics[f"baseline_{metric}"]
-            weak = [record for record in results if record.metrics[metric] < baseline + self.config.suite.must_gain]
+            scores = [(record, record.metrics[metric], record.metrics[f"baseline_{metric}"]) for record in results]
+            weak = [score for score in scores if score[1] < score[2] + self.config.suite.must_gain]
             if not weak:
-                lowest = min(record.metrics[metric] for record in results)
+                _, lowest, baseline = min(scores, key=lambda score: score[1] - score[2])
                 self.console.print(
-                    f"[green]✓[/green] {task}: all {len(results)} trained models beat the trivial baseline "
-                    f"({metric} {baseline:.1f} %) by far: the lowest has {lowest:.1f} %."
+                    f"[green]✓[/green] {task}: all {len(results)} trained models clearly beat the trivial baseline; "
+                    f"the weakest has {metric} {lowest:.1f} % against {baseline:.1f} %.",
+                    soft_wrap=True,
                 )
-            for record in weak:
+            for record, score, baseline in weak:
                 self._tell(
-                    f"{record.model} ({task}) has not learnt: {metric} {record.metrics[metric]:.1f} %, "
-                    f"trivial baseline {baseline:.1f} %"
+                    f"{record.model} ({task}) has not learnt: {metric} {score:.1f} %, trivial baseline {baseline:.1f} %"
                 )
 
 
@@ -267,7 +272,7 @@ def _line(record: Record) -> str:
         return f"{name}: {metrics['latency_ms']:.1f} ms"
     if record.stage == "train":
         return f"{name}: loss {metrics['final_loss']:.3f}"
-    metric = "top1" if record.task == "classification" else "mIoU"
+    metric = METRIC[record.task]
     return f"{name}: {metric} {metrics[metric]:.1f} % (trivial baseline {metrics[f'baseline_{metric}']:.1f} %)"
 
 

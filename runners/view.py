@@ -103,7 +103,8 @@ class View:
     def _seconds_left(self, states: Mapping[str, dict]) -> float:
         """The guess for what is left, corrected by how wrong it was for what this run has done so far."""
         total = sum(self.seconds.values())
-        left = sum(self.seconds[key] * (1.0 - states.get(key, {}).get("fraction", 0.0)) for key in self.left)
+        waiting = tuple(self.left)  # the main thread takes some out meanwhile
+        left = sum(self.seconds[key] * (1.0 - states.get(key, {}).get("fraction", 0.0)) for key in waiting)
         elapsed = time.monotonic() - self.started
         correction = elapsed * self.slots / (total - left) if total - left > 0.1 * total and elapsed > 20 else 1.0
         return left / self.slots * correction

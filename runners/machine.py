@@ -1,0 +1,45 @@
+"""What this process may still take of the machine, or of the container where that has limits below it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_gib() -> float:
+    """Free memory in GiB; what the system only caches of files counts as free."""
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            cached = _statistic(CGROUP / Path(limit).with_name("memory.stat"), "inactive_file")
+            taken = int((CGROUP / used).read_text()) - cached
+            free = min(free, int((CGROUP / limit).read_text()) - taken)
+        except (OSError, ValueError):  # no such file, or no limit ("max")
+            continue
+    return free / 2**30
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the container's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        cpus = min(cpus, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or no quota ("max")
+        pass
+    return max(1, cpus)
+
+
+def _statistic(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0

@@ -1,0 +1,170 @@
+"""Both tasks are built of timm's and mmsegmentation's parts with the recipe's numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from mmengine.registry import init_default_scope
+from mmseg.datasets import ADE20KDataset
+from mmseg.models import EncoderDecoder, SegformerHead
+from omegaconf import OmegaConf
+
+from benchmarks import classification, segmentation
+from benchmarks.engine import Context
+from benchmarks.job import Job, Recipe
+from benchmarks.measure import measure
+from benchmarks.optimizer import build_optimizer
+from runners.config import register
+from runners.plan import make_jobs
+from runners.run import CONF
+
+
+def jobs(suite: str, stage: str = "train") -> list[Job]:
+    register()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", [f"suite={suite}"]))
+    return [job for job in make_jobs(config) if job.stage == stage]
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope("mmseg")
+
+
+@pytest.mark.parametrize("job", [*jobs("demo"), *jobs("ade20k_segformer")], ids=lambda job: job.key)
+def test_every_job_of_every_suite_builds(job):
+    """Without weights where the model allows it; the maps fit the head, and the logits the classes."""
+    small = dataclasses.replace(job, input_size=(64, 64))
+    if job.task == "classification":
+        model = classification.build_model(small).eval()
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, job.num_classes)
+    else:
+        model = segmentation.build_model(small).eval()
+        assert isinstance(model, EncoderDecoder)
+        assert isinstance(model.decode_head, SegformerHead)
+        logits = model(torch.zeros(1, 3, 64, 64))
+        assert logits.shape == (1, job.num_classes, 16, 16)
+
+
+def test_ade20k_recipe_is_that_of_the_paper():
+    """HRViT, supplementary material A.2."""
+    job = next(job for job in jobs("ade20k_segformer") if job.label == "mit_b0")
+    recipe = job.recipe
+    assert (recipe.iterations, recipe.batch_size, recipe.warmup_iterations) == (160_000, 16, 1500)
+    assert (recipe.optimizer, recipe.learning_rate, recipe.weight_decay) == ("adamw", 6e-5, 0.01)
+    model = segmentation.build_model(job)
+    optimizer = build_optimizer(job, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(6e-4 if name.startswith("decode_head") else 6e-5)
+        assert decays[id(parameter)] == (0.0 if parameter.ndim <= 1 else 0.01), name
+
+
+def test_positions_are_not_decayed():
+    job = next(job for job in jobs("demo") if job.label == "hivit_tiny" and job.task == "segmentation")
+    model = segmentation.build_model(job)
+    decays = {
+        id(p): group["weight_decay"] for group in build_optimizer(job, model).param_groups for p in group["params"]
+    }
+    free = [name for name, p in model.named_parameters() if p.ndim > 1 and decays[id(p)] == 0.0]
+    assert any("absolute_pos" in name or "pos_embed" in name for name in free)
+
+
+@pytest.fixture(scope="module")
+def ade20k(tmp_path_factory) -> Path:
+    """Three images and labels in ADE20K's published layout, of different sizes."""
+    root = tmp_path_factory.mktemp("ade") / "ADEChallengeData2016"
+    dice = np.random.default_rng(0)
+    for split in ("training", "validation"):
+        for index, (height, width) in enumerate([(90, 120), (150, 100), (64, 64)]):
+            for kind in ("images", "annotations"):
+                (root / kind / split).mkdir(parents=True, exist_ok=True)
+            image = dice.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            labels = dice.integers(0, 151, (height, width), dtype=np.uint8)
+            cv2.imwrite(root / "images" / split / f"ADE_{index}.jpg", image)
+            cv2.imwrite(root / "annotations" / split / f"ADE_{index}.png", labels)
+    return root
+
+
+def test_ade20k_in_miniature(ade20k, tmp_path, monkeypatch):
+    """The suite's own recipe, shortened, trains and evaluates on data in ADE20K's layout."""
+    job = next(job for job in jobs("ade20k_segformer") if job.label == "mit_b0")
+    recipe = dataclasses.replace(job.recipe, iterations=3, warmup_iterations=1, batch_size=2, workers=0)
+    recipe.augmentation = {**recipe.augmentation, "resize": [128, 64]}
+    recipe.evaluation = {**recipe.evaluation, "resize": [128, 64]}
+    job = dataclasses.replace(job, model="test_mit", label="test_mit", input_size=(64, 64), recipe=recipe)
+
+    dataset = segmentation._dataset(job, ade20k, training=False)
+    assert isinstance(dataset, ADE20KDataset)
+    raw = cv2.imread(ade20k / "annotations" / "validation" / "ADE_0.png", cv2.IMREAD_UNCHANGED)
+    labels = dataset[0]["data_samples"].gt_sem_seg.data[0].numpy()
+    assert labels.shape == raw.shape  # metrics are computed at the labels' own size
+    assert np.array_equal(labels, np.where(raw == 0, 255, raw - 1))  # 0 is "no class", the classes are 1 to 150
+    train = segmentation._dataset(job, ade20k, training=True)
+    assert train[0]["inputs"].shape == (3, 64, 64) or max(train[0]["inputs"].shape) <= 64
+
+    monkeypatch.setattr(segmentation.data, "prepare", lambda *arguments: ade20k)
+    context = Context(tmp_path, ade20k.parent)
+    trained = measure(job, context)
+    evaluated = measure(dataclasses.replace(job, stage="evaluate", depends_on=(job.key,)), context, trained.artifacts)
+    assert 0 <= evaluated.metrics["mIoU"] <= 100
+    most = np.bincount(
+        np.concatenate(
+            [
+                cv2.imread(path, cv2.IMREAD_UNCHANGED).ravel()
+                for path in (ade20k / "annotations" / "validation").glob("*.png")
+            ]
+        ),
+        minlength=151,
+    )[1:]
+    expected = 100 * most.max() / most.sum() / np.count_nonzero(most)
+    assert evaluated.metrics["baseline_mIoU"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine"])
+def test_learning_rate_over_the_training(schedule, tmp_path):
+    """Linear warm-up, then the schedule, at the steps where it can be said by hand."""
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    from benchmarks.engine import param_scheduler
+
+    job = jobs("demo")[0]
+    recipe = dataclasses.replace(
+        job.recipe, iterations=110, warmup_iterations=10, schedule=schedule, minimum_learning_rate=0.0
+    )
+    job = dataclasses.replace(job, recipe=recipe)
+    model = torch.nn.Linear(1, 1)
+    wrapper = build_optim_wrapper(model, {"optimizer": {"type": "SGD", "lr": 1.0}})
+    schedulers = [PARAM_SCHEDULERS.build({**s, "optimizer": wrapper}) for s in param_scheduler(job)]
+    rates = []
+    for _ in range(110):
+        rates.append(wrapper.optimizer.param_groups[0]["lr"])
+        for scheduler in schedulers:
+            scheduler.step()
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[9] == pytest.approx(1.0, abs=0.01)
+    assert rates[60] == pytest.approx(0.5, abs=0.02)
+    assert rates[-1] < 0.02
+    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_classifier_metrics():
+    metric = classification.TopK()
+    scores = torch.tensor([[0.1, 0.9, 0, 0, 0, 0, 0], [6.0, 5, 4, 3, 2, 1, 0]])
+    metric.process(None, [{"scores": scores[0], "label": 1}, {"scores": scores[1], "label": 4}])
+    assert metric.compute_metrics(metric.results) == {"top1": 50.0, "top5": 100.0}
+    few = classification.TopK()
+    few.process(None, [{"scores": torch.tensor([1.0, 0.0]), "label": 1}])  # fewer than five classes
+    assert few.compute_metrics(few.results) == {"top1": 0.0, "top5": 100.0}
+    assert Recipe().label_smoothing == 0.0
