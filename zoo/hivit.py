@@ -8,27 +8,30 @@ The first two stages only mix channels and merge neighbours inside each 16x16 pa
 tensor, (B, patches, positions inside the patch, channels): masked image modeling simply leaves rows out.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.recompute import recompute
-from zoo.relative_position import BiasCache, Grid, expand_table, resize_table
+from zoo.relative_position import Grid, resize_table
 
 PATCH = 16  # pixels: side of the patch that becomes one token of the main stage
-POSITION_GRID: Grid = (14, 14)  # tokens: the absolute position embedding is always stored for 224 pixels
-FUSED_MIN_TOKENS = 256  # below, torch's fused attention kernel is no faster on a CPU (measured)
-RECOMPUTE_MIN_TOKENS = 128  # from here on, the attention maps are a large part of what training would keep
-BIAS_CACHE_BYTES = 2 * 2**30  # per model: expanded biases kept for inference
+DENSE_POSITION_GRID: Grid = (14, 14)  # tokens: published dense backbones store the embedding for 224 pixels
+RELATIVE_TABLE = "relative_position_bias_table"
+# Per model: expanded biases kept for inference, heads * tokens^2 * bytes per value in each main block. For the base
+# model in float32 they are 25 MB at 224 pixels, 0.7 GB at 512, 1.6 GB at 640; at 1024 they would be 11 GB: not kept.
+BIAS_CACHE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class HiViTConfig:
     shallow_mlp_ratio: float = 3.0  # hidden width over width, MLP units of the first two stages
     mlp_ratio: float = 4.0  # hidden width over width, blocks of the main stage
     drop_path_rate: float = 0.5  # stochastic depth of the last block; grows linearly from 0 over all units
-    img_size: int | tuple[int, int] = 224  # pixels: the relative tables cover this size exactly, others interpolate
+    img_size: int | tuple[int, int] = 224  # pixels: positions are stored for this size, others interpolate
     relative_position_bias: bool = True  # a bias table in every main block (Table 2, row b)
     absolute_position: bool = True  # a learned embedding added at the main stage
     published_taps: bool = False  # dense maps where the published segmentation code takes them (strides 4 to 32)
@@ -132,71 +135,6 @@ class PatchMerge(nn.Module):
         return self.reduction(self.norm(x.reshape(b, n, positions // 4, 4 * c)))
 
 
-class Attention(nn.Module):
-    """Global multi-head self-attention with a relative position bias (or, without `table_grid`, none)."""
-
-    def __init__(self, dim: int, num_heads: int, table_grid: Grid | None = None, cache_bytes: int = 0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.table_grid = table_grid
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table: nn.Parameter | None = None
-        if table_grid is not None:
-            h, w = table_grid
-            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), num_heads))
-            self._bias_cache = BiasCache(cache_bytes)
-
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        """Tokens (B, N, C), rows of the `grid` that the bias refers to, -> (B, N, C)."""
-        b, n, c = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)
-        table = self.relative_position_bias_table
-        if self._fuse(x):
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head width)
-            bias = None if table is None else self._bias(table, grid, q.dtype)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None])
-            x = x.transpose(1, 2).reshape(b, n, c)
-        elif n >= RECOMPUTE_MIN_TOKENS:  # autograd would keep the attention maps
-            x = recompute(lambda qkv: self._explicit(qkv, grid), qkv)
-        else:
-            x = self._explicit(qkv, grid)
-        return self.proj(x)
-
-    def _fuse(self, x: Tensor) -> bool:
-        """Whether torch's fused kernel wins; on a CPU it has no backward pass for the bias and needs many tokens."""
-        table = self.relative_position_bias_table
-        trains_bias = table is not None and table.requires_grad and torch.is_grad_enabled()
-        return use_fused_attn() and (not x.is_cpu or (x.shape[1] >= FUSED_MIN_TOKENS and not trains_bias))
-
-    def _explicit(self, qkv: Tensor, grid: Grid | None) -> Tensor:
-        b, n, _, heads, width = qkv.shape
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
-        if self.relative_position_bias_table is not None:
-            logits = logits + self._bias(self.relative_position_bias_table, grid, logits.dtype)
-        return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(b, n, heads * width)
-
-    def _bias(self, table: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-        def expand() -> Tensor:
-            return expand_table(resize_table(table, self.table_grid, grid).to(dtype), grid)
-
-        return expand() if self.training else self._bias_cache.get(table, grid, dtype, expand)
-
-    def train(self, mode: bool = True) -> "Attention":
-        self._forget()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Attention":
-        self._forget()
-        return super()._apply(*args, **kwargs)
-
-    def _forget(self) -> None:
-        if self.table_grid is not None:
-            self._bias_cache.clear()
-
-
 class Block(nn.Module):
     """Pre-norm transformer block of the main stage."""
 
@@ -214,11 +152,14 @@ class Block(nn.Module):
 
 
 class HiViT(Backbone):
-    """HiViT image classifier and dense backbone.
+    """HiViT image classifier; `DenseHiViT` differs in the positions that it stores.
 
     Any image size works: images are zero-padded on the right and bottom to multiples of 16 and the position information
     is interpolated; maps are cropped to ceil(side / stride), so that they lie on the image and not on its padding.
+    `position_grid` is the grid of tokens that the absolute position embedding is stored for.
     """
+
+    dense = False
 
     def __init__(
         self,
@@ -232,7 +173,8 @@ class HiViT(Backbone):
         self.config = cfg
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim = cfg.embed_dim
-        self.table_grid = tuple(-(-side // PATCH) for side in check_size(cfg.img_size))
+        self.table_grid: Grid = tuple(-(-side // PATCH) for side in check_size(cfg.img_size))
+        self.position_grid = DENSE_POSITION_GRID if self.dense else self.table_grid
 
         shallow = 2 * cfg.depths[0], 2 * cfg.depths[1]  # MLP units
         self.main_start = sum(shallow) + 2
@@ -249,7 +191,7 @@ class HiViT(Backbone):
         self.blocks = nn.ModuleList(blocks)  # one flat list, as in the published checkpoints
         self.absolute_pos_embed: nn.Parameter | None = None
         if cfg.absolute_position:
-            self.absolute_pos_embed = nn.Parameter(torch.empty(1, POSITION_GRID[0] * POSITION_GRID[1], dim))
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, math.prod(self.position_grid), dim))
 
         last = len(blocks) - 1
         self.stage_ends = shallow[0] - 1, self.main_start - 2, last  # -1: the patch embedding
@@ -272,6 +214,10 @@ class HiViT(Backbone):
         self.apply(init_weights)
         if self.absolute_pos_embed is not None:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
+        if self.dense:
+            for name, table in self.named_parameters():
+                if name.endswith(RELATIVE_TABLE):
+                    nn.init.zeros_(table)
 
     @staticmethod
     def num_maps(cfg: HiViTConfig) -> int:
@@ -349,12 +295,7 @@ class HiViT(Backbone):
     def position(self, grid: Grid) -> Tensor | None:
         """The absolute position embedding (1, h * w, C) of a grid of patches, interpolated as published."""
         embedding = self.absolute_pos_embed
-        if embedding is None or grid == POSITION_GRID:
-            return embedding
-        embedding = embedding.reshape(1, *POSITION_GRID, -1).permute(0, 3, 1, 2)
-        # The 0.1 guards the rounding of the size; being passed as the scale, it also shifts the samples, as published.
-        scale = tuple((new + 0.1) / old for new, old in zip(grid, POSITION_GRID, strict=True))
-        return F.interpolate(embedding, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+        return embedding if embedding is None else resize_position(embedding, self.position_grid, grid)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -399,7 +340,41 @@ class HiViT(Backbone):
         }
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return checkpoint_filter_fn(state, self)
+        """A published state dict (classifier, dense backbone or MAE): same names, positions fitted to the model.
+
+        The index buffers are left out (they follow from the size). Positions whose number of rows is not the model's
+        are resized from the square grid that this number tells. A source without relative tables (a masked
+        autoencoder) gives zeros, from which the published fine-tuning starts.
+        """
+        own = dict(self.named_parameters())
+        position = state.get("absolute_pos_embed")
+        is_square = position is None or square_grid(position.shape[1]) is not None
+        fitted = {}
+        for key, value in state.items():
+            if key.endswith("relative_position_index"):
+                continue
+            if key.endswith(RELATIVE_TABLE) and key in own and len(value) != len(own[key]) and is_square:
+                # The square root is the number of offsets along a side, 2 * tokens - 1.
+                if (offsets := square_grid(len(value))) and offsets[0] % 2:
+                    side = (offsets[0] + 1) // 2
+                    value = resize_table(value, (side, side), self.table_grid)
+            elif key == "absolute_pos_embed" and key in own and value.shape[1] != own[key].shape[1] and is_square:
+                value = resize_position(value, square_grid(value.shape[1]), self.position_grid)
+            fitted[key] = value
+        if not any(key.endswith(RELATIVE_TABLE) for key in state):
+            tables = [key for key in own if key.endswith(RELATIVE_TABLE)]
+            fitted |= {k: torch.zeros_like(own[k]) for k in tables if k.replace(RELATIVE_TABLE, "qkv.weight") in state}
+        return fitted
+
+
+class DenseHiViT(HiViT):
+    """HiViT as the published segmentation code has it, built for `features_only`.
+
+    The absolute positions are those of 224 pixels, resized at run time whatever the image size, and the relative tables
+    start from zero.
+    """
+
+    dense = True
 
 
 def drop_path_rates(cfg: HiViTConfig) -> Iterator[float]:
@@ -408,18 +383,39 @@ def drop_path_rates(cfg: HiViTConfig) -> Iterator[float]:
     return iter([cfg.drop_path_rate * unit / max(units - 1, 1) for unit in range(units)])
 
 
-def to_map(x: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-    """Rows of patches (B, patches, 16 | 4, C) or (B, patches, C) -> the map (B, C, h, w) of an image of `size`."""
+def in_reading_order(x: Tensor, grid: Grid) -> Tensor:
+    """Rows of patches (B, h * w, 16 | 4 | 1, C) or (B, h * w, C) -> (B, h * side, w * side, C), side 4, 2 or 1."""
     b, c = x.shape[0], x.shape[-1]
-    if x.ndim == 3 or x.shape[2] == 1:
-        stride, x = 16, x.reshape(b, *grid, c)
-    elif x.shape[2] == 4:
-        stride, x = 8, x.view(b, *grid, 2, 2, c).permute(0, 1, 4, 2, 3, 5)
-    else:
-        stride, x = 4, x.view(b, *grid, 2, 2, 2, 2, c).permute(0, 1, 4, 6, 2, 3, 5, 7)
-    side = PATCH // stride
-    x = x.reshape(b, grid[0] * side, grid[1] * side, c)
+    levels = {1: 0, 4: 1, 16: 2}[x.shape[2] if x.ndim == 4 else 1]  # merges still to come
+    x = x.reshape(b, *grid, *(2, 2) * levels, c)  # B, h, w, (column, row) of each level, C
+    columns, rows = range(3, 3 + 2 * levels, 2), range(4, 4 + 2 * levels, 2)
+    x = x.permute(0, 1, *rows, 2, *columns, x.ndim - 1)
+    return x.reshape(b, grid[0] << levels, grid[1] << levels, c)
+
+
+def to_map(x: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+    """Rows of patches -> the map (B, C, ceil(H / stride), ceil(W / stride)) of an image of `size` (H, W)."""
+    x = in_reading_order(x, grid)
+    stride = PATCH * grid[0] // x.shape[1]
     return x[:, : -(-size[0] // stride), : -(-size[1] // stride)].permute(0, 3, 1, 2)
+
+
+def resize_position(embedding: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Resize an absolute position embedding (1, h * w, C) from one grid to another, bicubically as published."""
+    if source == target:
+        return embedding
+    dtype = torch.promote_types(embedding.dtype, torch.float32)
+    grid = embedding.to(dtype).reshape(1, *source, -1).permute(0, 3, 1, 2)
+    # The 0.1 guards the rounding of the size; being passed as the scale, it also shifts the samples, as published.
+    scale = tuple((new + 0.1) / old for new, old in zip(target, source, strict=True))
+    resized = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    return resized.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+def square_grid(tokens: int) -> Grid | None:
+    """The square grid of so many tokens, None where there is none."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else None
 
 
 def init_weights(module: nn.Module) -> None:
@@ -430,29 +426,6 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, Attention) and module.relative_position_bias_table is not None:
         trunc_normal_(module.relative_position_bias_table, std=0.02)
-
-
-def checkpoint_filter_fn(state: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
-    """A published state dict (classifier, dense backbone or MAE) as ours: same names, positions fitted to the model.
-
-    The index buffers are left out (they follow from the size). Relative tables of another size are resized by BEiT's
-    geometric interpolation, absolute positions of another size bicubically.
-    """
-    fitted = {}
-    for key, value in state.items():
-        if key.endswith("relative_position_index"):
-            continue
-        if key.endswith("relative_position_bias_table"):
-            side = (round(value.shape[0] ** 0.5) + 1) // 2
-            if (2 * side - 1) ** 2 == value.shape[0]:
-                value = resize_table(value, (side, side), model.table_grid)
-        elif key == "absolute_pos_embed" and value.shape[1] != POSITION_GRID[0] * POSITION_GRID[1]:
-            side = round(value.shape[1] ** 0.5)
-            if side * side == value.shape[1]:
-                old = value.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-                value = F.interpolate(old, size=POSITION_GRID, mode="bicubic").flatten(2).transpose(1, 2)
-        fitted[key] = value
-    return fitted
 
 
 VARIANTS = {
@@ -470,7 +443,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build(HiViT, variant, VARIANTS[variant], pretrained, **kwargs)
+    model_cls = DenseHiViT if kwargs.get("features_only") else HiViT
+    return build(model_cls, variant, VARIANTS[variant], pretrained, **kwargs)
 
 
 @register_model

@@ -11,20 +11,10 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.attention import Attention
 from zoo.backbone import build, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.hivit import (
-    PATCH,
-    POSITION_GRID,
-    VARIANTS,
-    Attention,
-    Block,
-    HiViT,
-    HiViTConfig,
-    checkpoint_filter_fn,
-    init_weights,
-    layer_norm,
-)
+from zoo.hivit import PATCH, VARIANTS, Block, HiViT, HiViTConfig, in_reading_order, init_weights, layer_norm
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,9 @@ class HiViTMAE(nn.Module):
         with torch.no_grad():
             self.decoder_pos_embed.copy_(sincos_position(self.grid, self.config.decoder_dim))
             if self.encoder.absolute_pos_embed is not None:
-                self.encoder.absolute_pos_embed.copy_(sincos_position(POSITION_GRID, self.config.embed_dim))
+                self.encoder.absolute_pos_embed.copy_(
+                    sincos_position(self.encoder.position_grid, self.config.embed_dim)
+                )
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Mask, encode, decode, compare; see the class for what comes back.
@@ -140,7 +132,8 @@ class HiViTMAE(nn.Module):
         embedded = encoder.patch_embed(patches.reshape(*keep.shape, PATCH, -1))
         for index, x in encoder.run_blocks(embedded, position, None, encoder.stage_ends[-1]):
             if index in encoder.stage_ends:
-                stages.append(in_reading_order(x))
+                inside = in_reading_order(x.flatten(0, 1)[:, None], (1, 1))  # each patch a map of its own
+                stages.append(inside.reshape(*keep.shape, -1))
         return self.norm(torch.cat(stages, -1))
 
     def decode(self, latent: Tensor, keep: Tensor) -> Tensor:
@@ -171,17 +164,7 @@ class HiViTMAE(nn.Module):
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A published state dict under our names."""
         ours = {self.published_key(key): key for key in self.state_dict()}
-        return {ours.get(key, key): value for key, value in checkpoint_filter_fn(state, self.encoder).items()}
-
-
-def in_reading_order(x: Tensor) -> Tensor:
-    """Rows of patches (B, N, 16 | 4, C) or (B, N, C) -> (B, N, positions * C), positions by row, then column."""
-    b, n, c = x.shape[0], x.shape[1], x.shape[-1]
-    if x.ndim == 4 and x.shape[2] == 16:
-        x = x.view(b, n, 2, 2, 2, 2, c).permute(0, 1, 3, 5, 2, 4, 6)
-    elif x.ndim == 4 and x.shape[2] == 4:
-        x = x.view(b, n, 2, 2, c).transpose(2, 3)
-    return x.reshape(b, n, -1)
+        return {ours.get(key, key): value for key, value in self.encoder.from_published(state).items()}
 
 
 def normalised_patches(images: Tensor) -> Tensor:

@@ -29,17 +29,18 @@ class LoadReport:
     unexpected: tuple[str, ...]  # entries of the source that the model has no place for (a head, a decoder)
     mismatched: tuple[str, ...] = ()  # entries of both whose shapes differ and cannot be fitted, with both shapes
     resized: tuple[str, ...] = ()  # position tables that were interpolated to the model's size
+    zeroed: tuple[str, ...] = ()  # entries of the model that start from zero, as published, where the source has none
     derived: tuple[str, ...] = ()  # index buffers of the source that follow from the size and are not needed
     source: str = field(default="state dict", kw_only=True)  # the path and container that were read
 
     @property
     def complete(self) -> bool:
         """Whether every entry of the model was filled and every entry of the source was used."""
-        return not (self.missing or self.unexpected or self.mismatched)
+        return not (self.missing or self.unexpected or self.mismatched or self.zeroed)
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.loaded)} entries loaded"]
-        for name in ("resized", "missing", "unexpected", "mismatched"):
+        for name in ("resized", "zeroed", "missing", "unexpected", "mismatched"):
             if keys := getattr(self, name):
                 parts.append(f"{len(keys)} {name} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})")
         return "; ".join(parts)
@@ -81,8 +82,9 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Tensor]) 
         raise ZooError(f"{name}: none of its {len(state)} entries fits {type(model).__name__}; is it another model's?")
     model.load_state_dict(loaded, strict=False)
     mismatched = {key for key in fitted if key in own and key not in loaded}
+    zeroed = tuple(key for key in loaded if to_source(key) not in state)
     return LoadReport(
-        loaded=tuple(loaded),
+        loaded=tuple(key for key in loaded if key not in zeroed),
         missing=tuple(key for key in own if key not in fitted),
         unexpected=tuple(to_source(key) for key in fitted if key not in own),
         mismatched=tuple(
@@ -95,6 +97,7 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Tensor]) 
             for key in loaded
             if (old := state.get(to_source(key))) is not None and old.shape != own[key].shape
         ),
+        zeroed=zeroed,
         derived=tuple(key for key in state if key.endswith("relative_position_index") and key not in fitted),
         source=name,
     )

@@ -5,6 +5,7 @@ import timm
 import torch
 
 import zoo
+from zoo.hivit import resize_position
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -160,17 +161,39 @@ def test_switches_remove_positions():
 
 
 def test_absolute_position_is_sampled_with_the_published_scale():
-    model = zoo.create_model("test_hivit").eval()
+    model = zoo.create_model("test_hivit", img_size=224).eval()
     embedding = model.absolute_pos_embed.reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(embedding, scale_factor=(20.1 / 14, 10.1 / 14), mode="bicubic")
     torch.testing.assert_close(model.position((20, 10)), expected.flatten(2).transpose(1, 2))
     assert model.position((14, 14)) is model.absolute_pos_embed
 
 
-def test_image_size_sizes_the_tables_only():
-    model = zoo.create_model("test_hivit", img_size=(64, 96))
-    assert model.blocks[-1].attn.relative_position_bias_table.shape == (7 * 11, 2)
-    assert model.absolute_pos_embed.shape == (1, 196, 32)
+@pytest.mark.parametrize(("features_only", "rows"), [(False, 5 * 6), (True, 14 * 14)])
+def test_image_size_sizes_the_positions(features_only, rows):
+    """The published dense backbone keeps the absolute positions of 224 pixels, whatever the crop."""
+    model = zoo.create_model("test_hivit", img_size=(72, 96), features_only=features_only)
+    model = getattr(model, "model", model)
+    assert model.blocks[-1].attn.relative_position_bias_table.shape == (9 * 11, 2)
+    assert model.absolute_pos_embed.shape == (1, rows, 32)
+
+
+def test_dense_backbone_starts_with_zero_tables():
+    torch.manual_seed(3)
+    dense = zoo.create_model("test_hivit", features_only=True)
+    tables = [p for name, p in dense.named_parameters() if name.endswith("bias_table")]
+    assert len(tables) == 2
+    assert not any(table.any() for table in tables)
+    torch.manual_seed(3)
+    again = zoo.create_model("test_hivit", features_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), again.parameters(), strict=True))
+
+
+def test_resized_positions_keep_their_precision():
+    embedding = torch.randn(1, 16, 3, dtype=torch.float64)
+    resized = resize_position(embedding, (4, 4), (6, 5))
+    rounded = resize_position(embedding.float(), (4, 4), (6, 5))
+    assert (resized.dtype, resized.shape) == (torch.float64, (1, 30, 3))
+    assert 1e-10 < (resized - rounded).abs().max() < 1e-5
 
 
 def test_padding_lies_to_the_right_and_below():

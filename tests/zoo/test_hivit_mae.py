@@ -77,6 +77,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_positions_start_as_sines_and_cosines():
     model = zoo.create_model("test_hivit_mae")
     assert torch.equal(model.decoder_pos_embed, sincos_position((4, 4), 16))
+    assert torch.equal(model.encoder.absolute_pos_embed, sincos_position((4, 4), 32))
     position = sincos_position((3, 5), 8)[0].view(3, 5, 8)
     assert torch.equal(position[0, :, :4], position[2, :, :4])  # the column in the first half
     assert torch.equal(position[:, 0, 4:], position[:, 4, 4:])  # the row in the second
@@ -93,11 +94,30 @@ def test_encoder_moves_to_the_classifier_and_the_dense_backbone():
     published = {zoo.published_keys(mae)[key]: value for key, value in mae.state_dict().items()}
     for options in ({}, {"features_only": True}):
         model = zoo.create_model("test_hivit", **options)
+        inner = getattr(model, "model", model)
         for state in (published, mae.state_dict()):
+            for block in inner.blocks[-2:]:
+                torch.nn.init.ones_(block.attn.relative_position_bias_table)
             report = zoo.load_published(model, state)
             assert len(report.loaded) == len(mae.encoder.state_dict())
             assert all(key.startswith(("decoder_", "norm.", "mask_token")) for key in report.unexpected)
-            assert all("relative_position_bias_table" in k or "norm" in k or "head" in k for k in report.missing)
+            assert all("norm" in key or "head" in key for key in report.missing)
+            # The published fine-tuning starts its relative tables from zero.
+            assert [key.removeprefix("model.") for key in report.zeroed] == [
+                f"blocks.{index}.attn.relative_position_bias_table" for index in (6, 7)
+            ]
+            assert not any(block.attn.relative_position_bias_table.any() for block in inner.blocks[-2:])
+            assert "2 zeroed" in str(report)
+            assert not report.complete
+            assert len(report.resized) == bool(options)  # the dense backbone stores 14 x 14 positions
+
+
+def test_positions_of_another_size_are_fitted():
+    mae = zoo.create_model("test_hivit_mae", img_size=(96, 64))
+    state = zoo.create_model("test_hivit_mae").state_dict()
+    report = zoo.load_published(mae, state)
+    assert report.resized == ("encoder.absolute_pos_embed",)
+    assert [line.split(":")[0] for line in report.mismatched] == ["decoder_pos_embed"]
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ def source():
     return state
 
 
-def same(model, state):
+def same(model, state, resized=()):
     own = model.state_dict()
-    return all(torch.equal(own[key], state[key]) for key in own)
+    return all(torch.equal(own[key], state[key]) for key in own if key not in resized)
 
 
 def test_classifier_takes_everything(source):
@@ -36,7 +36,8 @@ def test_dense_backbone_names_the_head_that_it_leaves(source):
     report = zoo.load_published(model, source)
     assert set(report.unexpected) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     assert not report.missing
-    assert same(model.model, source)
+    assert report.resized == ("absolute_pos_embed",)  # a dense backbone stores those of 224 pixels
+    assert same(model.model, source, report.resized)
     assert "head.weight" in str(report)
 
 
@@ -72,6 +73,7 @@ def test_files(source, tmp_path, suffix):
 
 
 def test_our_own_state_dicts_load_everywhere(source):
+    source["absolute_pos_embed"] = torch.randn(1, 196, 32)
     dense = zoo.create_model("test_hivit", features_only=True, checkpoint=source)
     for state in (dense.state_dict(), {f"backbone.timm_model.{k}": v for k, v in dense.state_dict().items()}):
         again = zoo.create_model("test_hivit", features_only=True)
@@ -86,10 +88,11 @@ def test_our_own_state_dicts_load_everywhere(source):
 def test_wrapped_models(source):
     from mmseg.models.backbones import TIMMBackbone
 
+    source["absolute_pos_embed"] = torch.randn(1, 196, 32)
     backbone = TIMMBackbone("test_hivit", features_only=True, pretrained=False)
     assert len(zoo.load_published(backbone, source).loaded) == len(backbone.state_dict())
     assert same(backbone.timm_model.model, source)
-    compiled = torch.compile(zoo.create_model("test_hivit", num_classes=10))
+    compiled = torch.compile(zoo.create_model("test_hivit", num_classes=10, img_size=224))
     assert zoo.load_published(compiled, source).complete
 
 
@@ -103,9 +106,41 @@ def test_positions_of_another_size_are_fitted(source):
         "blocks.7.attn.relative_position_bias_table",
     }
     assert report.complete
-    torch.testing.assert_close(model.absolute_pos_embed, torch.ones(1, 196, 32))
+    torch.testing.assert_close(model.absolute_pos_embed, torch.ones(1, 36, 32))
     expected = zoo.relative_position.resize_table(source["blocks.6.attn.relative_position_bias_table"], (4, 4), (6, 6))
     assert torch.equal(model.blocks[6].attn.relative_position_bias_table, expected)
+
+
+@pytest.mark.parametrize("img_size", [(32, 224), (224, 32), 96, 384])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_own_state_round_trips(img_size, features_only):
+    """3 x 27 offsets are 9^2 rows: a number that looks like another, square grid must change nothing."""
+    options = {"img_size": img_size, "features_only": features_only, "depths": (1, 1, 1)}
+    model, other = zoo.create_model("test_hivit", **options), zoo.create_model("test_hivit", **options)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    report = zoo.load_published(other, model.state_dict())
+    assert report.complete
+    assert not report.resized
+    assert same(other, model.state_dict())
+
+
+def test_own_classifier_state_fits_a_dense_backbone():
+    classifier = zoo.create_model("test_hivit", img_size=96)
+    dense = zoo.create_model("test_hivit", features_only=True, img_size=64)
+    report = zoo.load_published(dense, classifier.state_dict())
+    assert not report.missing
+    assert len(report.resized) == 3
+    expected = zoo.hivit.resize_position(classifier.absolute_pos_embed, (6, 6), (14, 14))
+    assert torch.equal(dense.model.absolute_pos_embed, expected)
+
+
+def test_positions_of_an_unknown_grid_are_told_not_guessed():
+    """28 tokens can be 2 x 14 or 14 x 2: their 81 offsets are no 9 x 9."""
+    source = zoo.create_model("test_hivit", img_size=(32, 224)).state_dict()
+    report = zoo.load_published(zoo.create_model("test_hivit", img_size=224), source)
+    assert len(report.mismatched) == 3
+    assert not report.resized
 
 
 def test_other_classes_and_missing_entries_are_told(source):
