@@ -7,6 +7,7 @@ Swin (Liu et al., 2021, equation 4). Every family that has such a table expands,
 import functools
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,41 +71,56 @@ def _spline_matrix(source: int, target: int) -> np.ndarray:
     return spline(np.clip(np.arange(-goal, goal + 1.0), known[0], known[-1]))  # constant beyond the known offsets
 
 
+class _Entry(NamedTuple):
+    bias: Tensor
+    key: tuple
+    table: weakref.ref
+    values: Tensor | None  # on the CPU, the table that the bias was built from
+
+
 class BiasCache:
     """Keeps the last expanded bias of one table during inference, and never hands out a stale one.
 
-    A hit needs the same parameter object with the same version, memory, dtype and device, and on the CPU the same
-    values: an edit through ``parameter.data`` (as some averaging hooks do) leaves the version unchanged. On a GPU that
-    comparison would stall the queue; there such an edit must be followed by ``eval()``, ``train()`` or ``to()``, each
-    of which empties the cache. Copies and pickles of a model start empty.
+    A bias is kept while the table is the same parameter with the same version, memory, dtype and device, and on the CPU
+    the same values. Fused optimizers and edits through ``parameter.data`` (as some averaging hooks make) leave the
+    version unchanged; on the CPU the values tell, on a GPU comparing them would stall the queue. There, a forward pass
+    that trains the table empties the cache, as ``eval()``, ``train()`` and ``to()`` do; an edit without such a pass
+    must be followed by one of these. Copies and pickles of a model start empty. Threads may share a model: what is kept
+    is one entry, read once and replaced whole.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.clear()
+        self._entry: _Entry | None = None
 
     def clear(self) -> None:
         """Forget the bias and free its memory."""
-        self._bias: Tensor | None = None
-        self._values: Tensor | None = None
-        self._table: Callable[[], Tensor | None] = lambda: None
-        self._key: tuple = ()
+        self._entry = None
 
     def get(self, table: Tensor, grid: Grid, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
         """Return ``build()``, the bias of `table` for `grid` in `dtype`, from memory where that is safe."""
+        if not _is_cacheable(table):
+            return build()
+        if table.requires_grad and torch.is_grad_enabled():  # an optimizer step may follow
+            self.clear()
+            return build()
         tokens = grid[0] * grid[1]
-        if not _is_cacheable(table) or table.shape[-1] * tokens * tokens * dtype.itemsize > self.max_bytes:
+        if table.shape[-1] * tokens * tokens * dtype.itemsize > self.max_bytes:
             return build()
         # A tensor made in inference mode cannot be saved for a backward pass outside of it.
         mode = torch.is_inference_mode_enabled()
         key = (grid, dtype, mode, table._version, table.data_ptr(), table.dtype, table.device)
-        if self._key == key and self._table() is table and (self._values is None or torch.equal(self._values, table)):
-            return self._bias
-        self.clear()
+        entry = self._entry
+        if entry is not None and entry.key == key and entry.table() is table:  # noqa: SIM102
+            if entry.values is None or torch.equal(entry.values, table):
+                return entry.bias
+        self.clear()  # its memory is free before the new bias needs some
+        del entry
+        # Before the bias: a bias older than its values would be stale, the other way round it is only built again.
+        values = table.detach().clone() if table.device.type == "cpu" else None
         bias = build()
         if type(bias) is Tensor:  # not a fake tensor of a tracer
-            self._bias, self._key, self._table = bias, key, weakref.ref(table)
-            self._values = table.detach().clone() if table.device.type == "cpu" else None
+            self._entry = _Entry(bias, key, weakref.ref(table), values)
         return bias
 
     def __deepcopy__(self, memo: dict) -> "BiasCache":
@@ -115,11 +131,14 @@ class BiasCache:
 
 
 def _is_cacheable(table: Tensor) -> bool:
+    """Whether `table` is a real parameter in an eager run: tracers and transforms must see the bias being built."""
     return (
         type(table) is nn.Parameter  # torch.func.functional_call puts plain tensors in its place
-        and not (table.requires_grad and torch.is_grad_enabled())
         and not table.is_meta
         and not table.is_inference()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        # A captured graph keeps the addresses of its tensors, and owns the memory of those made during the capture.
+        and not (table.is_cuda and torch.cuda.is_current_stream_capturing())
     )

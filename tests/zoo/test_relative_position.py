@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 import zoo
-from zoo.relative_position import expand_table, resize_table
+from zoo.relative_position import BiasCache, expand_table, resize_table
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 3), (2, 5), (6, 4)])
@@ -112,27 +113,27 @@ def test_bias_is_built_once_per_size(model):
     cache = model.blocks[-1].attn._bias_cache
     with torch.no_grad():
         model(x)
-        bias = cache._bias
+        bias = cache._entry.bias
         model(x)
-        assert cache._bias is bias
+        assert cache._entry.bias is bias
         model(torch.rand(1, 3, 96, 64))
-        assert cache._bias.shape == (2, 24, 24)
+        assert cache._entry.bias.shape == (2, 24, 24)
     model.train()
-    assert cache._bias is None
+    assert cache._entry is None
     with torch.no_grad():
         model(x)
-    assert cache._bias is None
+    assert cache._entry is None
 
 
 def test_conversion_empties_the_cache_and_copies_start_empty(model):
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
-        assert copy.deepcopy(model).blocks[-1].attn._bias_cache._bias is None
-        assert pickle.loads(pickle.dumps(model)).blocks[-1].attn._bias_cache._bias is None
+        assert copy.deepcopy(model).blocks[-1].attn._bias_cache._entry is None
+        assert pickle.loads(pickle.dumps(model)).blocks[-1].attn._bias_cache._entry is None
         assert not any("cache" in key for key in model.state_dict())
         model.double()
-        assert model.blocks[-1].attn._bias_cache._bias is None
+        assert model.blocks[-1].attn._bias_cache._entry is None
         torch.testing.assert_close(model(x.double()).float(), expected)
 
 
@@ -150,4 +151,53 @@ def test_a_bias_over_the_limit_is_not_kept(model):
     cache.max_bytes = 100
     with torch.no_grad():
         model(torch.rand(1, 3, 64, 64))
-    assert cache._bias is None
+    assert cache._entry is None
+
+
+def test_a_training_pass_empties_the_cache():
+    """On a GPU values are not compared, and a fused optimizer's step leaves the version as it was."""
+    cache, table = BiasCache(10**6), torch.nn.Parameter(torch.randn(49, 2))
+
+    def bias():
+        return cache.get(table, (4, 4), table.dtype, lambda: expand_table(table, (4, 4)))
+
+    with torch.no_grad():
+        bias()
+        cache._entry = cache._entry._replace(values=None)  # as on a GPU
+        kept = bias()
+        assert cache._entry.bias is kept
+    bias()
+    assert cache._entry is None
+    table.data.mul_(-9)
+    with torch.no_grad():
+        assert torch.equal(bias(), -9 * kept)
+
+
+def test_transforms_are_not_served_from_the_cache(model):
+    x = torch.rand(3, 1, 3, 64, 64)
+    model.requires_grad_(False)
+    expected = torch.stack([model(image) for image in x])
+    model.train().eval()
+    torch.testing.assert_close(torch.func.vmap(model)(x), expected, rtol=1e-4, atol=1e-5)
+    assert model.blocks[-1].attn._bias_cache._entry is None
+
+
+def test_threads_may_share_a_cache():
+    """Two threads that ask for different grids get their own bias, never the other's."""
+    cache, table = BiasCache(10**6), torch.nn.Parameter(torch.randn(49, 2), requires_grad=False)
+    tables = {grid: resize_table(table, (4, 4), grid) for grid in [(4, 4), (2, 3), (3, 2), (4, 3)]}
+    expected = {grid: expand_table(resized, grid) for grid, resized in tables.items()}
+    wrong = []
+
+    def ask(grid):
+        for _ in range(300):
+            built = cache.get(table, grid, table.dtype, lambda: expand_table(tables[grid], grid))
+            if not torch.equal(built, expected[grid]):
+                wrong.append(grid)
+
+    threads = [threading.Thread(target=ask, args=(grid,)) for grid in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
