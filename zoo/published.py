@@ -4,6 +4,7 @@ A file is only ever read as plain tensors (``torch.load(weights_only=True)`` or 
 Each family's own mapping stands in its file, in `published_key` and `from_published`.
 """
 
+import argparse
 import pickle
 import re
 from collections.abc import Mapping
@@ -139,7 +140,9 @@ def _read(path: Path):
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Published training programs keep their command line beside the weights; a namespace only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):  # the file names a class or function to import
             raise ZooError(

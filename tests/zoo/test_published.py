@@ -1,5 +1,7 @@
 """Loading published checkpoints: what fits is taken, what does not is named, nothing is executed."""
 
+import argparse
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -176,12 +178,20 @@ class Trap:
         return open, (str(self.path), "w")
 
 
+def test_the_command_line_beside_the_weights_is_read_over(source, tmp_path):
+    args = argparse.Namespace(lr=1e-3, betas=(0.9, 0.95), data_path="imagenet", nested=argparse.Namespace(seed=0))
+    torch.save({"model": source, "args": args}, tmp_path / "weights.pth")
+    assert same(zoo.create_model("test_hivit", num_classes=10, checkpoint=tmp_path / "weights.pth"), source)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
         ("missing", "no such"),
         ("folder", "no such"),
         ("trap", "unpickling"),
+        ("trap in arguments", "unpickling"),
         ("truncated", "damaged"),
         ("text", "damaged"),
         ("empty", "damaged"),
@@ -198,6 +208,8 @@ def test_unusable_files_are_refused_in_one_line(source, tmp_path, case, message)
         path = tmp_path
     elif case == "trap":
         torch.save({"model": source, "args": Trap(victim)}, path)
+    elif case == "trap in arguments":
+        torch.save({"model": source, "args": argparse.Namespace(output=Trap(victim))}, path)
     elif case == "truncated":
         torch.save(source, path)
         path.write_bytes(path.read_bytes()[:-2000])
