@@ -7,11 +7,14 @@ model for exactly these names; a family that derives from `Backbone` and is regi
 import contextlib
 import dataclasses
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, near_matches
@@ -24,9 +27,9 @@ _logger = logging.getLogger(__name__)
 class Backbone(nn.Module):
     """Base class: an image classifier whose intermediate maps can be taken, with timm's meaning of each name.
 
-    A family sets `num_classes`, `num_features` (channels of the features before the head), `head_hidden_size`,
-    `head` and `feature_info`: one entry per map that can be taken, from high to low resolution, each a dict with
-    ``num_chs`` (channels), ``reduction`` (stride in pixels) and ``module`` (the module that makes it).
+    A family defines `num_maps` and sets `num_classes`, `num_features` (channels of the features before the head),
+    `head_hidden_size`, `head` and `feature_info`: one entry per map that can be taken, from high to low resolution,
+    each a dict with ``num_chs`` (channels), ``reduction`` (stride in pixels) and ``module`` (the module that makes it).
     """
 
     num_classes: int
@@ -34,6 +37,11 @@ class Backbone(nn.Module):
     head_hidden_size: int
     feature_info: list[dict]
     grad_checkpointing: bool = False
+
+    @staticmethod
+    def num_maps(cfg: Any) -> int:
+        """How many maps the `feature_info` of a model of the config `cfg` will describe, known before it is built."""
+        raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Tensor | list[Tensor]:
         """Images (B, 3, H, W) -> the unpooled features that `forward_head` takes (the last map, unless stated)."""
@@ -105,6 +113,28 @@ class Backbone(nn.Module):
         return state
 
 
+class FeatureMaps(FeatureGetterNet):
+    """timm's wrapper of a `features_only` model, which also tells optimizers what the model itself would."""
+
+    def no_weight_decay(self) -> set[str]:
+        """See `Backbone.no_weight_decay`."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """See `Backbone.group_matcher`."""
+        groups = self.model.group_matcher(coarse)
+        return {
+            name: [(_below_model(pattern), ordinal) for pattern, ordinal in spec]
+            if isinstance(spec, list | tuple)
+            else _below_model(spec)
+            for name, spec in groups.items()
+        }
+
+
+def _below_model(pattern: str) -> str:
+    return r"^model\." + pattern.removeprefix("^")
+
+
 def pretrained_cfg(**overrides: Any) -> dict[str, Any]:
     """timm's description of a variant's input and ends; no weights are hosted for the zoo's own models."""
     return {
@@ -164,7 +194,7 @@ def build(
             variant,
             pretrained,
             model_cfg=config,
-            feature_cfg={"feature_cls": "getter"},
+            feature_cfg={"feature_cls": FeatureMaps},
             pretrained_filter_fn=lambda state, model: model.from_published(state),
             **kwargs,
         )
@@ -178,8 +208,56 @@ def check_size(img_size: Any) -> tuple[int, int]:
         ZooError: it is no size, or a side is under 32 pixels.
     """
     size = tuple(img_size) if isinstance(img_size, list | tuple) else (img_size, img_size)
-    if len(size) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in size):
+    if len(size) != 2 or not all(map(_is_int, size)):
         raise ZooError(f"img_size={img_size!r} must be an int or two ints (height, width)")
     if min(size) < MIN_SIZE:
         raise ZooError(f"img_size={img_size} is too small: each side needs {MIN_SIZE} pixels or more")
     return size
+
+
+def check_fields(config: Any) -> None:
+    """Check the types of a config's fields against those of their defaults; sequences become tuples.
+
+    `img_size`, which has several forms, is left to `check_size`.
+
+    Raises:
+        ZooError: naming the field and what it must be.
+    """
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if field.name == "img_size":
+            continue
+        if isinstance(default, bool):
+            fits, wanted = isinstance(value, bool), "True or False"
+        elif isinstance(default, tuple):
+            fits = isinstance(value, Sequence) and len(value) == len(default) and all(map(_is_int, value))
+            wanted = f"{len(default)} ints"
+            if fits:
+                object.__setattr__(config, field.name, tuple(value))
+        elif isinstance(default, float):
+            fits = _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+            wanted = "a number"
+        else:
+            fits, wanted = _is_int(value), "an int"
+        if not fits:
+            raise ZooError(f"{field.name}={value!r} must be {wanted}")
+
+
+def check_pool(family: str, global_pool: Any, num_classes: int) -> None:
+    """Raise ZooError for a pooling other than ``avg`` or, where there is no classifier, none (an empty string)."""
+    if global_pool not in ("avg", ""):
+        raise ZooError(f"{family}: global_pool={global_pool!r} must be 'avg' or '' (none)")
+    if not global_pool and num_classes > 0:
+        raise ZooError(f"{family}: global_pool='' (none) needs num_classes=0, not num_classes={num_classes}")
+
+
+def check_images(family: str, x: Tensor) -> None:
+    """Raise ZooError for what is no batch of images of at least 32 x 32 pixels."""
+    if x.ndim != 4:
+        raise ZooError(f"{family}: images must be (batch, channels, height, width), not of shape {tuple(x.shape)}")
+    if x.shape[2] < MIN_SIZE or x.shape[3] < MIN_SIZE:
+        raise ZooError(f"{family}: images of {x.shape[2]} x {x.shape[3]} pixels; each side needs {MIN_SIZE} or more")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import Attention
-from zoo.backbone import Backbone, build, check_size, pretrained_cfg
+from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.recompute import recompute
 from zoo.relative_position import Grid, resize_table
@@ -50,9 +50,9 @@ class HiViTConfig:
     published_taps: bool = False  # dense maps where the published segmentation code takes them (strides 4 to 32)
 
     def __post_init__(self):
-        object.__setattr__(self, "depths", tuple(self.depths))
+        check_fields(self)
         check_size(self.img_size)
-        if len(self.depths) != 3 or min(self.depths) < 0 or self.depths[2] < 1:
+        if min(self.depths) < 0 or self.depths[2] < 1:
             raise ZooError(f"depths={self.depths} must be three numbers of blocks, the last at least 1")
         if self.embed_dim < 4 or self.embed_dim % 4:
             raise ZooError(f"embed_dim={self.embed_dim} must be a positive multiple of 4")
@@ -210,7 +210,8 @@ class HiViT(Backbone):
         self.fc_norm = layer_norm(dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.reset_pool(global_pool)
+        check_pool("HiViT", global_pool, num_classes)
+        self.global_pool = global_pool
         self.apply(init_weights)
         if self.absolute_pos_embed is not None:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
@@ -221,7 +222,6 @@ class HiViT(Backbone):
 
     @staticmethod
     def num_maps(cfg: HiViTConfig) -> int:
-        """How many maps `feature_info` describes."""
         return 4 if cfg.published_taps else 3
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -258,6 +258,7 @@ class HiViT(Backbone):
 
     def _forward(self, images: Tensor, taps: list[int] | tuple[int, ...], last: int) -> tuple[Tensor, list[Tensor]]:
         """Run up to block `last`; returns its map and the maps after the blocks `taps`, all NCHW."""
+        check_images("HiViT", images)
         height, width = images.shape[-2:]
         if height % PATCH or width % PATCH:
             images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
@@ -314,20 +315,14 @@ class HiViT(Backbone):
         return take
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.reset_pool(global_pool)
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_pool("HiViT", global_pool, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
         weight = self.patch_embed.proj.weight
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
             init_weights(self.head)
-
-    def reset_pool(self, global_pool: str) -> None:
-        """Set the pooling of the head: ``avg``, or an empty string for none."""
-        if global_pool not in ("avg", ""):
-            raise ZooError(f"HiViT: global_pool={global_pool!r} must be 'avg' or '' (none)")
-        self.global_pool = global_pool
 
     def no_weight_decay(self) -> set[str]:
         tables = ("absolute_pos_embed", "relative_position_bias_table")

@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import Attention
-from zoo.backbone import build, check_size, pretrained_cfg
+from zoo.backbone import build, check_images, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.hivit import PATCH, VARIANTS, Block, HiViT, HiViTConfig, in_reading_order, init_weights, layer_norm
 
@@ -39,10 +39,10 @@ class HiViTMAEConfig(HiViTConfig):
             raise ZooError("published_taps=True does not fit a masked autoencoder, which has no dense maps")
         if not 0 < self.mask_ratio < 1 or not 0 < int(patches * (1 - self.mask_ratio)) < patches:
             raise ZooError(f"mask_ratio={self.mask_ratio} must leave some of {patches} patches, and not all")
-        if self.decoder_dim < 4 or self.decoder_dim % 4 or self.decoder_depth < 1:
-            raise ZooError(
-                f"decoder_dim={self.decoder_dim}, decoder_depth={self.decoder_depth} must be 4n and positive"
-            )
+        if self.decoder_dim < 4 or self.decoder_dim % 4:
+            raise ZooError(f"decoder_dim={self.decoder_dim} must be a positive multiple of 4")
+        if self.decoder_depth < 1:
+            raise ZooError(f"decoder_depth={self.decoder_depth} must be at least 1")
         if self.decoder_heads < 1 or self.decoder_dim % self.decoder_heads:
             raise ZooError(f"decoder_heads={self.decoder_heads} must divide decoder_dim={self.decoder_dim}")
 
@@ -103,6 +103,7 @@ class HiViTMAE(nn.Module):
         Raises:
             ZooError: images or noise of another shape.
         """
+        check_images("masked autoencoder", images)
         if tuple(images.shape[-2:]) != self.img_size:
             raise ZooError(
                 f"masked autoencoder: images of {tuple(images.shape[-2:])}, built for {self.img_size} pixels"
@@ -151,7 +152,8 @@ class HiViTMAE(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters, beside biases and norms, that weight decay should leave alone."""
-        return {"encoder.absolute_pos_embed", "mask_token", "decoder_pos_embed"}
+        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return encoder | {"mask_token", "decoder_pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The encoder's groups by depth; norm and decoder count as the head."""
@@ -202,7 +204,6 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    kwargs.pop("global_pool", None)
     if kwargs.pop("features_only", False):
         raise ZooError(
             f"{variant} has no dense maps: build {variant.removesuffix('_mae')} and load its checkpoint there"

@@ -75,7 +75,10 @@ class _Entry(NamedTuple):
     bias: Tensor
     key: tuple
     table: weakref.ref
-    values: Tensor | None  # on the CPU, the table that the bias was built from
+    values: Tensor | None  # on the CPU, the values of the table that the bias was built from
+
+    def serves(self, key: tuple, table: Tensor) -> bool:
+        return self.key == key and self.table() is table and (self.values is None or torch.equal(self.values, table))
 
 
 class BiasCache:
@@ -111,9 +114,8 @@ class BiasCache:
         mode = torch.is_inference_mode_enabled()
         key = (grid, dtype, mode, table._version, table.data_ptr(), table.dtype, table.device)
         entry = self._entry
-        if entry is not None and entry.key == key and entry.table() is table:  # noqa: SIM102
-            if entry.values is None or torch.equal(entry.values, table):
-                return entry.bias
+        if entry is not None and entry.serves(key, table):
+            return entry.bias
         self.clear()  # its memory is free before the new bias needs some
         del entry
         # Before the bias: a bias older than its values would be stale, the other way round it is only built again.

@@ -135,8 +135,17 @@ def test_errors_name_the_option(options, message):
         zoo.create_model("test_hivit_mae", **options)
 
 
+def test_no_weight_decay_names_what_there_is():
+    with_position = zoo.create_model("test_hivit_mae").no_weight_decay()
+    assert with_position == {"encoder.absolute_pos_embed", "mask_token", "decoder_pos_embed"}
+    without = zoo.create_model("test_hivit_mae", absolute_position=False).no_weight_decay()
+    assert without == {"mask_token", "decoder_pos_embed"}
+
+
 def test_wrong_shapes_are_told():
     model = zoo.create_model("test_hivit_mae")
+    with pytest.raises(zoo.ZooError, match=r"\(batch, channels, height, width\)"):
+        model(torch.rand(3, 64, 64))
     with pytest.raises(zoo.ZooError, match="built for"):
         model(torch.rand(1, 3, 32, 64))
     with pytest.raises(zoo.ZooError, match="noise"):

@@ -9,6 +9,8 @@ import math
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
+from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import zoo
@@ -90,6 +92,27 @@ def test_classifier_can_be_replaced_and_removed(name):
     assert zoo.create_model(name, num_classes=0)(x).shape == (2, model.num_features)
 
 
+def test_a_classifier_needs_pooling(name):
+    model = zoo.create_model(name)
+    for failing in (
+        lambda: zoo.create_model(name, global_pool=""),
+        lambda: model.reset_classifier(5, ""),
+        lambda: zoo.create_model(name, num_classes=0, global_pool="").reset_classifier(5),
+    ):
+        with pytest.raises(zoo.ZooError, match="num_classes=0") as error:
+            failing()
+        assert "\n" not in str(error.value)
+    assert (model.global_pool, model.num_classes) == ("avg", 1000)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 3, 64, 64), (1, 3, 31, 64), (1, 3, 64, 0)])
+def test_what_is_no_batch_of_images_is_told(name, shape):
+    for features_only in (False, True):
+        with pytest.raises(zoo.ZooError, match="images") as error:
+            zoo.create_model(name, features_only=features_only)(torch.rand(shape))
+        assert "\n" not in str(error.value)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     model, x = zoo.create_model(name, drop_path_rate=0.0).train(), images(batch=2)
     grads = []
@@ -129,12 +152,39 @@ def test_layer_decay_groups_follow_depth(name):
     assert min(scale.values()) == scale[id(dict(model.named_parameters())[model.default_cfg["first_conv"] + ".weight"])]
     assert len(set(scale.values())) >= 4
     create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
-    create_optimizer_v2(zoo.create_model(name, features_only=True), "adamw", lr=1e-3, layer_decay=0.75)
 
 
-def test_no_weight_decay_names_parameters(name):
-    model = zoo.create_model(name)
-    assert model.no_weight_decay() <= set(dict(model.named_parameters()))
+@pytest.mark.parametrize("copied", [False, True])
+def test_optimizers_see_through_the_wrapper_of_dense_models(name, copied):
+    model = zoo.create_model(name, features_only=True)
+    model = copy.deepcopy(model) if copied else model
+    assert isinstance(model, FeatureGetterNet)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(groups) == len(list(model.parameters()))
+    assert len({group["lr_scale"] for group in groups.values()}) >= 4
+    # As deep in the wrapped model as in the bare one.
+    for coarse in (False, True):
+        outside = group_parameters(model, model.group_matcher(coarse), reverse=True)
+        inside = group_parameters(model.model, model.model.group_matcher(coarse), reverse=True)
+        assert outside == {f"model.{key}": depth for key, depth in inside.items()}
+    for key, p in model.named_parameters():
+        positions = ("absolute_pos_embed", "relative_position_bias_table")
+        if p.ndim == 1 or key.endswith(positions):
+            assert groups[id(p)]["weight_decay"] == 0, key
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_no_weight_decay_names_parameters_at_every_level(name, features_only):
+    """A training program may ask each module in turn: the same parameters must come out."""
+    model = zoo.create_model(name, features_only=features_only)
+    asked = [
+        {f"{prefix}.{key}".lstrip(".") for key in module.no_weight_decay()}
+        for prefix, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+    ]
+    assert len(asked) == 1 + features_only
+    assert asked[0] == asked[-1] <= set(dict(model.named_parameters()))
 
 
 def test_mmsegmentation_builds_it(name):

@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.backbone import Backbone, build, pretrained_cfg
+from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
 from zoo.errors import ZooError
 
 HEADS = (1, 2, 5, 8)  # per stage; a stage is embed_dim * heads wide
@@ -30,9 +30,15 @@ class MiTConfig:
     img_size: int | tuple[int, int] | None = None  # accepted for uniformity: MiT has no parameter that depends on it
 
     def __post_init__(self):
-        object.__setattr__(self, "depths", tuple(self.depths))
-        if len(self.depths) != 4 or min(self.depths) < 1 or self.embed_dim < 1:
-            raise ZooError(f"embed_dim={self.embed_dim}, depths={self.depths} must be positive, with four depths")
+        check_fields(self)
+        if self.img_size is not None:
+            check_size(self.img_size)
+        if min(self.depths) < 1:
+            raise ZooError(f"depths={self.depths} must be four positive numbers of blocks")
+        if self.embed_dim < 1:
+            raise ZooError(f"embed_dim={self.embed_dim} must be positive")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
 
 
 class MiT(Backbone):
@@ -71,11 +77,11 @@ class MiT(Backbone):
 
     @staticmethod
     def num_maps(cfg: MiTConfig) -> int:
-        """How many maps `feature_info` describes."""
         return 4
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> the last map (B, 8 * embed_dim, ceil(H / 32), ceil(W / 32))."""
+        check_images("MiT", x)
         return self.backbone(x)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -97,6 +103,7 @@ class MiT(Backbone):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
         take, _ = feature_take_indices(len(self.feature_info), indices)
+        check_images("MiT", x)
         outputs = self.backbone(x)
         maps = [outputs[index] for index in take]
         if output_fmt == "NHWC":
@@ -116,11 +123,9 @@ class MiT(Backbone):
         return take
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ZooError(f"MiT: global_pool={global_pool!r} must be 'avg' or '' (none)")
-            self.global_pool = global_pool
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_pool("MiT", global_pool, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
         weight = self.backbone.layers[0][0].projection.weight
         self.head = nn.Identity()
         if num_classes > 0:
