@@ -1,5 +1,8 @@
 """The two errors that a user of the benchmarks may see; each is one clear line."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(Exception):
     """The user's input is wrong. The message is one line: what was wrong, where, and what to do next."""
@@ -30,3 +33,17 @@ def unsupported_size(model: str, input_size: tuple[int, ...], error: Exception) 
     """The error for a model that cannot take `input_size` (channels, height, width); `error` is what it raised."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return InputError(f"{model} cannot take an input of {'x'.join(map(str, input_size))}: {lines[0].strip()}")
+
+
+def choose(what: str, value: str, known: Iterable[str], where: str = "") -> str:
+    """`value`, if it is among `known`.
+
+    Raises:
+        InputError: it is not; the message has the near matches, or all that is known where none is near.
+    """
+    known = sorted(known)
+    if value in known:
+        return value
+    near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+    raise InputError(f"{where + ': ' if where else ''}unknown {what} '{value}'; {hint}")

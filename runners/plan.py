@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from benchmarks import data
-from benchmarks.errors import InputError
+from benchmarks.errors import InputError, choose
 from benchmarks.job import HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job
 from runners.config import Benchmark, Config, ModelEntry
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
-
-
-def choose(what: str, value: str, known: Iterable[str], where: str) -> str:
-    """`value` if it is among `known`; otherwise an InputError that names the near matches."""
-    known = sorted(known)
-    if value in known:
-        return value
-    near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
-    raise InputError(f"{where}: unknown {what} '{value}'; {hint}")
 
 
 def stages_of(config: Config) -> list[str]:

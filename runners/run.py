@@ -21,9 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from benchmarks.errors import InputError
+from benchmarks.errors import InputError, choose
 from runners.config import Config, register
-from runners.plan import choose
 from runners.session import Session
 
 COMPLETE, WRONG_INPUT, INTERRUPTED = 0, 1, 130  # 2, incomplete, is for a session to say

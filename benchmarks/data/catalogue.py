@@ -1,10 +1,9 @@
 """What every dataset is: its classes, its folders, how many files it should hold, and how to get it."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.errors import InputError
+from benchmarks.errors import choose
 
 
 @dataclass(frozen=True)
@@ -18,17 +17,17 @@ class Dataset:
 
     name: str
     task: str  # "classification" or "segmentation"
-    version: int  # of our generator, or of the published release
     num_classes: int  # background included, where it is a class
     class_names: Callable[[], tuple[str, ...]] = field(repr=False)  # called late: some names live in mmsegmentation
-    background: str | None  # the trivial class of a segmentation, None where there is none
-    reduce_zero_label: bool  # label 0 means "ignore", classes start at 1 (mmsegmentation's meaning)
-    training: str
-    validation: str
-    training_count: int | None  # images expected; None where the options decide
-    validation_count: int | None
-    generated: bool  # made here on first use, nothing to download
-    source: str  # how to get it
+    version: int = 1  # of our generator, or of the published release
+    folder: str = ""  # below the data folder, for published data; default: the name
+    reduce_zero_label: bool = False  # label 0 means "ignore", classes start at 1 (mmsegmentation's meaning)
+    training: str = "training"
+    validation: str = "validation"
+    training_count: int | None = None  # images expected; None where any number will do
+    validation_count: int | None = None
+    generated: bool = False  # made here on first use, nothing to download
+    source: str = ""  # how to get it
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -58,30 +57,17 @@ DATASETS = {
         Dataset(
             name="digit_scenes_classification",
             task="classification",
-            version=1,
             num_classes=10,
             class_names=_digits,
-            background=None,
-            reduce_zero_label=False,
             training="train",
-            validation="validation",
-            training_count=None,
-            validation_count=None,
             generated=True,
             source=_SCANS,
         ),
         Dataset(
             name="digit_scenes_segmentation",
             task="segmentation",
-            version=1,
             num_classes=11,
             class_names=_background_and_digits,
-            background="background",
-            reduce_zero_label=False,
-            training="training",
-            validation="validation",
-            training_count=None,
-            validation_count=None,
             generated=True,
             source=_SCANS,
         ),
@@ -89,15 +75,12 @@ DATASETS = {
             name="ade20k",
             task="segmentation",
             version=2016,
+            folder="ADEChallengeData2016",
             num_classes=150,
             class_names=_ade20k_names,
-            background=None,
             reduce_zero_label=True,
-            training="training",
-            validation="validation",
             training_count=20_210,
             validation_count=2_000,
-            generated=False,
             source="download ADEChallengeData2016.zip (about 1 GB) from "
             "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip and unpack it into the data folder",
         ),
@@ -111,7 +94,4 @@ def describe(name: str) -> Dataset:
     Raises:
         InputError: there is none of that name; the message lists the nearest ones.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4) or list(DATASETS)
-        raise InputError(f"unknown dataset '{name}'; did you mean {' or '.join(near)}?")
-    return DATASETS[name]
+    return DATASETS[choose("dataset", name, DATASETS)]

@@ -6,12 +6,11 @@ is in both. Every image has its own random stream, keyed by seed, split and inde
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.errors import InputError
+from benchmarks.errors import InputError, choose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,9 +75,7 @@ def read_options(name: str, given: Mapping[str, Any]) -> ClassificationOptions |
     known = dataclasses.asdict(defaults)
     values = {}
     for key, value in given.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3) or sorted(known)
-            raise InputError(f"{name} has no option '{key}'; did you mean {' or '.join(near)}?")
+        choose("option", key, known, name)
         values[key] = _like(known[key], value, f"{name}: option {key}={value!r}")
     options = dataclasses.replace(defaults, **values)
     _check(name, options)

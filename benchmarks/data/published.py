@@ -5,12 +5,12 @@ from pathlib import Path
 
 from benchmarks.data.catalogue import Dataset
 
-_TOP_FOLDERS = {"ade20k": "ADEChallengeData2016"}
+_IMAGES = (".jpg", ".jpeg", ".png")  # of a classification
 
 
 def locate(dataset: Dataset, root: Path) -> Path:
     """The dataset's folder: `root/<published name>`, or `root` itself where that is the published folder."""
-    top = _TOP_FOLDERS[dataset.name]
+    top = dataset.folder or dataset.name
     return root if root.name == top else root / top
 
 
@@ -26,6 +26,11 @@ def _find_problem(dataset: Dataset, folder: Path) -> str | None:
     if not folder.is_dir():
         return _missing(folder.parent, folder.name)
     for split, count in ((dataset.training, dataset.training_count), (dataset.validation, dataset.validation_count)):
+        if dataset.task == "classification":
+            problem = _classes(folder, split, dataset.num_classes)
+            if problem:
+                return problem
+            continue
         for kind in ("images", "annotations"):
             if not (folder / kind / split).is_dir():
                 return _missing(folder / kind, split)
@@ -35,10 +40,21 @@ def _find_problem(dataset: Dataset, folder: Path) -> str | None:
     return None
 
 
-def _compare(images_folder: Path, annotations_folder: Path, count: int) -> str | None:
+def _classes(folder: Path, split: str, num_classes: int) -> str | None:
+    """ImageNet's layout: a folder for each class, with images in it."""
+    if not (folder / split).is_dir():
+        return _missing(folder, split)
+    classes = sorted(path for path in (folder / split).iterdir() if path.is_dir())
+    if len(classes) != num_classes:
+        return f"{folder / split} holds {len(classes):,} folders of classes, expected are {num_classes:,}"
+    empty = [path.name for path in classes if not any(p.suffix.lower() in _IMAGES for p in path.iterdir())]
+    return f"{len(empty):,} folders of {folder / split} hold no image: {_first(empty)}" if empty else None
+
+
+def _compare(images_folder: Path, annotations_folder: Path, count: int | None) -> str | None:
     images, annotations = _sizes(images_folder, ".jpg"), _sizes(annotations_folder, ".png")
     if not images:
-        return f"{images_folder} holds no .jpg image, expected are {count:,}"
+        return f"{images_folder} holds no .jpg image" + (f", expected are {count:,}" if count else "")
     if without := sorted(images.keys() - annotations.keys()):
         return f"{len(without):,} images have no .png in {annotations_folder}: {_first(without)}"
     if without := sorted(annotations.keys() - images.keys()):
@@ -46,7 +62,7 @@ def _compare(images_folder: Path, annotations_folder: Path, count: int) -> str |
     for folder, sizes in ((images_folder, images), (annotations_folder, annotations)):
         if empty := sorted(stem for stem, size in sizes.items() if not size):
             return f"{len(empty):,} files in {folder} are empty: {_first(empty)}"
-    if len(images) != count:
+    if count is not None and len(images) != count:
         return f"{images_folder} holds {len(images):,} images, expected are {count:,}"
     return None
 

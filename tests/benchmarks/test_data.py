@@ -353,3 +353,32 @@ def test_check_command(small, ade20k, capsys):
     for wrong in ([], ["check", "ade20k"], ["check", "ade", root], ["check", SEGMENTATION, root, "canvas=big"]):
         assert command.main(wrong) == 1
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_own_datasets_are_one_entry(tmp_path, monkeypatch):
+    """ImageNet's and ADE20K's layouts under names of one's own, of any size."""
+    scans = data.Dataset("scans", "classification", num_classes=2, class_names=lambda: ("cat", "dog"))
+    tiles = data.Dataset("tiles", "segmentation", num_classes=2, class_names=lambda: ("field", "road"))
+    monkeypatch.setattr(data.catalogue, "DATASETS", {"scans": scans, "tiles": tiles})
+    with pytest.raises(Blocked, match="expected the folder"):
+        data.prepare("scans", tmp_path)
+    for split in ("training", "validation"):
+        for folder in (
+            f"scans/{split}/cat",
+            f"scans/{split}/dog",
+            f"tiles/images/{split}",
+            f"tiles/annotations/{split}",
+        ):
+            (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(Blocked, match="hold no image: cat, dog"):
+        data.prepare("scans", tmp_path)
+    with pytest.raises(Blocked, match=r"holds no \.jpg image$"):
+        data.prepare("tiles", tmp_path)
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    for split in ("training", "validation"):
+        for name in ("cat", "dog"):
+            cv2.imwrite(tmp_path / "scans" / split / name / "1.png", pixels)
+        cv2.imwrite(tmp_path / "tiles" / "images" / split / "1.jpg", pixels)
+        cv2.imwrite(tmp_path / "tiles" / "annotations" / split / "1.png", pixels[..., 0])
+    assert data.prepare("scans", tmp_path) == tmp_path / "scans"
+    assert data.prepare("tiles", tmp_path) == tmp_path / "tiles"

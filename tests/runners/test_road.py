@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -170,34 +171,57 @@ def test_damage_is_reported_and_mended(started, undisturbed):
     next(ledger.glob("evaluate-seg-test_mit-*.json")).unlink()
     damaged_weights = next(started.output.glob("jobs/train-seg-test_mit-*/weights.safetensors"))
     damaged_weights.write_bytes(damaged_weights.read_bytes()[:-10])
+    plan = started.run("plan=true", "models=[test_mit]")
+    assert plan.count("to do") == 4  # two records damaged, one gone, one without its weights; nothing is touched yet
     printed = started.run("executor=inline", "models=[test_mit]")
     for path in (cost, evaluated, damaged_weights):
-        assert str(path) in printed.replace("\n", "")
+        assert str(path) in printed
     assert "is trained again" in printed
-    assert len(list((ledger / "damaged").glob("*.json"))) == 2
+    assert len(list((ledger / "damaged").glob("*.json"))) == 3
     expected = {key: value for key, value in scores(undisturbed.output).items() if "test_mit" in key}
     assert scores(started.output) == expected
 
 
-def test_damaged_checkpoint_is_set_aside(started, undisturbed):
-    """A training is killed after its second checkpoint, and the newest one damaged: it goes on from the other."""
-    process = started.start("executor=inline", "models=[test_mit]", "stages=[train]")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        found = sorted(started.output.glob("jobs/train-*/iter_6.pth"))
+def kill_after_a_checkpoint(started: CommandLine) -> list[Path]:
+    """Kills a run once a training has written a checkpoint and is not done; returns its checkpoints, oldest first."""
+    for _ in range(5):
+        process = started.start("executor=inline", "models=[test_mit]", "stages=[train]")
+        while process.poll() is None and not list(started.output.glob("jobs/train-*/iter_*.pth")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = list(started.output.glob("jobs/train-*/iter_*.pth"))
         if found:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    checkpoints = sorted(found[0].parent.glob("iter_*.pth"), key=lambda path: int(path.stem[5:]))
-    if not checkpoints:
-        pytest.skip("the training was faster than the kill")
-    checkpoints[-1].write_bytes(checkpoints[-1].read_bytes()[:1000])
+            return sorted(found, key=lambda path: int(path.stem.removeprefix("iter_")))
+        shutil.rmtree(started.output)  # the training was faster than the kill
+    raise AssertionError("no training could be caught between its first checkpoint and its end")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupted_training_goes_on_from_its_last_whole_checkpoint(started, undisturbed, damaged):
+    checkpoints = kill_after_a_checkpoint(started)
+    newest = checkpoints[-1]
+    if damaged:
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+        checkpoints.pop()
     printed = started.run("executor=inline", "models=[test_mit]", "stages=[train]")
-    assert f"the checkpoint {checkpoints[-1]} is damaged" in printed.replace("\n", "")
-    expected = {key: value for key, value in weights(undisturbed.output).items() if "test_mit" in key}
-    assert weights(started.output) == expected
+    assert (f"the checkpoint {newest} is damaged" in printed) == damaged
+    record = records(started.output)[newest.parent.name]
+    assert record.details["resumed_from"] == (checkpoints[-1].name if checkpoints else None)
+    expected = {key: value for key, value in scores(undisturbed.output).items() if key in scores(started.output)}
+    assert scores(started.output) == expected
+    assert len(expected) == 2
+    assert not list(newest.parent.glob("*.tmp"))
+
+
+def test_the_report_is_on_the_whole_ledger(undisturbed):
+    """A run of some stages or models does not take the others out of the tables."""
+    before = (undisturbed.output / "leaderboard_segmentation.csv").read_bytes()
+    undisturbed.run("executor=inline", "stages=[report]")
+    undisturbed.run("executor=inline", "stages=[cost,report]", "models=[test_mit]")
+    assert (undisturbed.output / "leaderboard_segmentation.csv").read_bytes() == before
 
 
 def test_damaged_data_are_remade(started, undisturbed):
@@ -207,7 +231,7 @@ def test_damaged_data_are_remade(started, undisturbed):
     image = next(folder.glob("images/training/*.jpg"))
     image.write_bytes(b"not an image")
     printed = started.run("executor=inline", "models=[test_hivit]", "stages=[train]")
-    assert folder.name in printed.replace("\n", "")
+    assert folder.name in printed
     assert image.read_bytes() != b"not an image"
     expected = weights(undisturbed.output)
     assert weights(started.output) == expected
@@ -222,7 +246,7 @@ def test_an_error_of_one_job_does_not_stop_the_others(started):
         "suite.benchmarks.segmentation.recipe.clip_gradient_norm=null",
         status=2,
     )
-    assert "Failed: train test_mit (segmentation): the loss became" in printed.replace("\n", " ")
+    assert "Failed: train test_mit (segmentation): the loss became" in printed
     assert "Traceback" not in printed
     by_status = [record.status for record in records(started.output).values()]
     assert by_status.count("failed") == 1

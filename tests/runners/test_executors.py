@@ -1,0 +1,97 @@
+"""The two executors: dependencies, hopeless jobs, dead workers, errors that cross from a worker."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from benchmarks.job import Job, Recipe, SpeedSettings
+from results.ledger import Ledger
+from runners import executors
+from runners.config import Cluster
+from runners.execute import Workplace, explain, make_record
+
+
+def job(stage: str = "train", **changes) -> Job:
+    settings = {
+        "stage": stage,
+        "task": "classification",
+        "label": "test_mit",
+        "model": "test_mit",
+        "input_size": (32, 32),
+        "num_classes": 10,
+        "recipe": Recipe(),
+        "speed": SpeedSettings(),
+    }
+    return Job(**settings | changes)
+
+
+@pytest.fixture
+def workplace(tmp_path) -> Workplace:
+    return Workplace(output=tmp_path / "output", data_root=tmp_path / "data", command="test")
+
+
+def ray(workplace: Workplace) -> executors.Ray:
+    needs = {"cpus": 1, "alone": False, "seconds": 1.0}
+    return executors.Ray(workplace, {}, Cluster.local, lambda job: needs, free_gib=1.5)
+
+
+def test_what_depends_on_a_failure_is_not_run():
+    first = job()
+    second = job("evaluate", depends_on=(first.key,))
+    queue = executors.Queue([first, second], {})
+    assert [ready.key for ready in queue.ready()] == [first.key]
+    assert queue.hopeless() == []
+    del queue.waiting[first.key]
+    queue.records[first.key] = make_record(first, "failed", "no luck")
+    assert queue.ready() == []
+    (record,) = queue.hopeless()
+    assert (record.key, record.status, record.reason) == (second.key, "blocked", "its train failed")
+    assert not queue.waiting
+
+
+def test_what_is_in_the_ledger_counts_as_done():
+    first = job()
+    second = job("evaluate", depends_on=(first.key,))
+    queue = executors.Queue([second], {first.key: make_record(first, "done", None)})
+    assert [ready.key for ready in queue.ready()] == [second.key]
+
+
+def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
+    def die(job, workplace):
+        os._exit(1)
+
+    monkeypatch.setattr(executors, "run_job", die)
+    monkeypatch.setattr(executors, "RETRIES", 1)
+    done = []
+    ray(workplace).run([job()], lambda record, messages: done.append(record))
+    assert [record.status for record in done] == ["failed"]
+    assert "its worker died 2 times" in done[0].reason
+    assert Ledger(workplace.ledger).get(job().key) == done[0]
+
+
+def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
+    def fill(job, workplace):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/record.json")
+
+    monkeypatch.setattr(executors, "run_job", fill)
+    with pytest.raises(OSError, match="No space left") as error:
+        ray(workplace).run([job()], lambda record, messages: None)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
+    assert type(error.value) is OSError
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "lower the batch size"),
+        (ValueError("line one\nline two"), "ValueError: line one line two"),
+    ],
+)
+def test_errors_of_a_job_are_one_line(error, said):
+    assert said in explain(error)
+    assert "\n" not in explain(error)
