@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
 from mmseg.models import EncoderDecoder, SegformerHead
+from mmseg.structures import SegDataSample
 from omegaconf import OmegaConf
 
 from benchmarks import classification, segmentation
@@ -51,6 +52,17 @@ def test_every_job_of_every_suite_builds(job):
         assert isinstance(model.decode_head, SegformerHead)
         logits = model(torch.zeros(1, 3, 64, 64))
         assert logits.shape == (1, job.num_classes, 16, 16)
+
+
+@pytest.mark.parametrize("job", jobs("ade20k_segformer", "evaluate"), ids=lambda job: job.label)
+def test_images_are_segmented_at_their_own_size(job):
+    """ADE20K's validation images are not square, nor a multiple of anything."""
+    model = segmentation.build_model(dataclasses.replace(job, input_size=(64, 64))).eval()
+    image = torch.randint(0, 256, (3, 71, 101), dtype=torch.uint8)
+    sample = SegDataSample(metainfo={"img_shape": (71, 101), "ori_shape": (71, 101)})
+    with torch.no_grad():
+        (predicted,) = model.test_step({"inputs": [image], "data_samples": [sample]})
+    assert predicted.pred_sem_seg.data.shape == (1, 71, 101)
 
 
 def test_ade20k_recipe_is_that_of_the_paper():
