@@ -14,27 +14,15 @@ from typing import Any
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
 from timm.data import create_dataset, create_transform
 from timm.loss import LabelSmoothingCrossEntropy
 from torch.utils.data import Dataset, default_collate
 
 import zoo
 from benchmarks import data
-from benchmarks.engine import (
-    Context,
-    Outcome,
-    build_runner,
-    evaluation_loader,
-    load_weights,
-    optim_wrapper,
-    param_scheduler,
-    train,
-    training_loader,
-)
+from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
 from benchmarks.job import Job
-from benchmarks.optimizer import build_optimizer
 
 
 class Classifier(BaseModel):
@@ -80,42 +68,22 @@ def build_model(job: Job) -> torch.nn.Module:
 def run_train(job: Job, context: Context) -> Outcome:
     """Trains the job's model from its newest checkpoint, or from fresh weights."""
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-
-    def runner_for(checkpoint: str | None) -> Runner:
-        model = Classifier(build_model(job), job.recipe.label_smoothing)
-        return build_runner(
-            job,
-            context,
-            model,
-            train_dataloader=training_loader(job, _dataset(job, root, training=True), default_collate),
-            train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
-            optim_wrapper=optim_wrapper(job, build_optimizer(job, model)),
-            param_scheduler=param_scheduler(job),
-            load_from=checkpoint,
-            resume=checkpoint is not None,
-        )
-
-    return train(job, context, runner_for)
+    return train(job, context, lambda: _classifier(job), _dataset(job, root, training=True), default_collate)
 
 
 def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     """Top-1 and top-5 accuracy on the validation images, beside that of always naming the most frequent class."""
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    model = Classifier(build_model(job))
-    load_weights(model, weights)
     dataset = _dataset(job, root, training=False)
-    runner = build_runner(
-        job,
-        context,
-        model,
-        val_dataloader=evaluation_loader(job, dataset, default_collate, job.recipe.batch_size),
-        val_cfg={"type": "ValLoop"},
-        val_evaluator=[TopK()],
-    )
-    metrics = runner.val()
+    model, batch_size = _classifier(job), job.recipe.batch_size
+    metrics = evaluate(job, context, model, weights, dataset, default_collate, batch_size, TopK())
     frequencies = Counter(label for _, label in dataset.reader.samples)
-    baseline = 100.0 * max(frequencies.values()) / sum(frequencies.values())
-    return Outcome(metrics={**metrics, "baseline_top1": baseline}, details={"images": sum(frequencies.values())})
+    baseline = 100.0 * max(frequencies.values()) / frequencies.total()
+    return Outcome(metrics={**metrics, "baseline_top1": baseline}, details={"images": frequencies.total()})
+
+
+def _classifier(job: Job) -> Classifier:
+    return Classifier(build_model(job), job.recipe.label_smoothing)
 
 
 def _dataset(job: Job, root: Path, training: bool) -> Dataset:

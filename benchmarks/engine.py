@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.job import Job
+from benchmarks.optimizer import build_optimizer
 
 WEIGHTS = "weights.safetensors"
 TEMPORARY = ".tmp"  # the lock of a job keeps two writers apart
@@ -90,16 +92,11 @@ class SeededDataset(Dataset):
             return self.dataset[index]
 
 
-def training_loader(job: Job, dataset: Dataset, collate: Callable) -> DataLoader:
+def _training_loader(job: Job, dataset: Dataset, collate: Callable) -> DataLoader:
     """Batches of the recipe's size for a training, without end, in an order that depends on the seed alone."""
     seeded_dataset = SeededDataset(dataset, job.seed)
     sampler = NumberedSampler(seeded_dataset, seed=job.seed)
     return _loader(job, seeded_dataset, job.recipe.batch_size, collate, sampler=sampler, drop_last=True)
-
-
-def evaluation_loader(job: Job, dataset: Dataset, collate: Callable, batch_size: int) -> DataLoader:
-    """Every image of `dataset` once, in its order."""
-    return _loader(job, dataset, batch_size, collate, sampler=DefaultSampler(dataset, shuffle=False))
 
 
 def _loader(job: Job, dataset: Dataset, batch_size: int, collate: Callable, **settings: Any) -> DataLoader:
@@ -272,7 +269,7 @@ def param_scheduler(job: Job) -> list[dict[str, Any]]:
     return [{"type": "LinearLR", "start_factor": 1e-3, "begin": 0, "end": warmup, "by_epoch": False}, decay]
 
 
-def optim_wrapper(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optim_wrapper(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """mmengine's optimizer wrapper: gradient clipping, and automatic mixed precision where the job asks for it."""
     clip = job.recipe.clip_gradient_norm
     return {
@@ -295,16 +292,26 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | Non
     return None
 
 
-def train(job: Job, context: Context, runner_for: Callable[[str | None], Runner]) -> Outcome:
-    """Trains from the newest checkpoint, or from the start, and keeps the finished weights as safetensors.
-
-    `runner_for(checkpoint)` builds the task's Runner, resuming from `checkpoint` if it is given.
-    """
+def train(
+    job: Job, context: Context, build_model: Callable[[], torch.nn.Module], dataset: Dataset, collate: Callable
+) -> Outcome:
+    """Trains from the newest checkpoint, or from fresh weights, and keeps the finished weights as safetensors."""
     folder = context.folder(job.key)
     for leftover in folder.glob(f"*{TEMPORARY}"):  # of a process that was killed while it wrote
         leftover.unlink()
     checkpoint = newest_checkpoint(folder, context.report)
-    runner = runner_for(None if checkpoint is None else str(checkpoint))
+    model = build_model()
+    runner = build_runner(
+        job,
+        context,
+        model,
+        train_dataloader=_training_loader(job, dataset, collate),
+        train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
+        optim_wrapper=_optim_wrapper(job, build_optimizer(job, model)),
+        param_scheduler=param_scheduler(job),
+        load_from=None if checkpoint is None else str(checkpoint),
+        resume=checkpoint is not None,
+    )
     runner.train()
     losses = next(hook.losses for hook in runner.hooks if isinstance(hook, JobHook))
     digest = save_weights(runner.model, folder / WEIGHTS)
@@ -321,6 +328,23 @@ def train(job: Job, context: Context, runner_for: Callable[[str | None], Runner]
     )
 
 
+def evaluate(
+    job: Job,
+    context: Context,
+    model: torch.nn.Module,
+    weights: Path,
+    dataset: Dataset,
+    collate: Callable,
+    batch_size: int,
+    metric: BaseMetric,
+) -> dict[str, float]:
+    """The metrics of `model` with the finished `weights` on every image of `dataset`."""
+    model.load_state_dict(load_file(weights))
+    loader = _loader(job, dataset, batch_size, collate, sampler=DefaultSampler(dataset, shuffle=False))
+    settings = {"val_dataloader": loader, "val_cfg": {"type": "ValLoop"}, "val_evaluator": [metric]}
+    return {name: float(value) for name, value in build_runner(job, context, model, **settings).val().items()}
+
+
 def save_weights(model: torch.nn.Module, path: Path) -> str:
     """Writes a model's state as safetensors, atomically; returns the file's SHA-256."""
     temporary = path.with_name(path.name + TEMPORARY)
@@ -331,11 +355,6 @@ def save_weights(model: torch.nn.Module, path: Path) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     return digest
-
-
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Loads what `save_weights` wrote; every key must match."""
-    model.load_state_dict(load_file(path))
 
 
 def sha256(path: Path) -> str:

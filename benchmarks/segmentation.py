@@ -16,27 +16,15 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModule
-from mmengine.runner import Runner
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.evaluation import IoUMetric
 from mmseg.models import EncoderDecoder
 
 import zoo
 from benchmarks import data
-from benchmarks.engine import (
-    Context,
-    Outcome,
-    build_runner,
-    evaluation_loader,
-    load_weights,
-    optim_wrapper,
-    param_scheduler,
-    train,
-    training_loader,
-)
+from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
 from benchmarks.job import Job
-from benchmarks.optimizer import build_optimizer
 
 # ImageNet's statistics in units of 8-bit pixels, RGB.
 MEAN = [123.675, 116.28, 103.53]
@@ -109,44 +97,17 @@ def _head(job: Job, channels: list[int]) -> dict[str, Any]:
 def run_train(job: Job, context: Context) -> Outcome:
     """Trains the job's segmentor from its newest checkpoint, or from fresh weights."""
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-
-    def runner_for(checkpoint: str | None) -> Runner:
-        model = build_model(job)
-        return build_runner(
-            job,
-            context,
-            model,
-            train_dataloader=training_loader(job, _dataset(job, root, training=True), pseudo_collate),
-            train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
-            optim_wrapper=optim_wrapper(job, build_optimizer(job, model)),
-            param_scheduler=param_scheduler(job),
-            load_from=checkpoint,
-            resume=checkpoint is not None,
-        )
-
-    return train(job, context, runner_for)
+    return train(job, context, lambda: build_model(job), _dataset(job, root, training=True), pseudo_collate)
 
 
 def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     """mIoU, mAcc and aAcc on the validation images, beside the mIoU of one class everywhere (the most frequent)."""
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    model = build_model(job)
-    load_weights(model, weights)
-    dataset = _dataset(job, root, training=False)
-    runner = build_runner(
-        job,
-        context,
-        model,
-        # One image at a time: their sizes differ.
-        val_dataloader=evaluation_loader(job, dataset, pseudo_collate, batch_size=1),
-        val_cfg={"type": "ValLoop"},
-        val_evaluator=[IoUMetric(iou_metrics=["mIoU"])],
-    )
-    metrics = {name: float(value) for name, value in runner.val().items()}
-    return Outcome(
-        metrics={**{name: metrics[name] for name in ("mIoU", "mAcc", "aAcc")}, "baseline_mIoU": _baseline(dataset)},
-        details={"images": len(dataset)},
-    )
+    dataset, metric = _dataset(job, root, training=False), IoUMetric(iou_metrics=["mIoU"])
+    # One image at a time: their sizes differ.
+    metrics = evaluate(job, context, build_model(job), weights, dataset, pseudo_collate, 1, metric)
+    shown = {name: metrics[name] for name in ("mIoU", "mAcc", "aAcc")}
+    return Outcome(metrics={**shown, "baseline_mIoU": _baseline(dataset)}, details={"images": len(dataset)})
 
 
 def _baseline(dataset: BaseSegDataset) -> float:
