@@ -325,8 +325,7 @@ class HiViT(Backbone):
             init_weights(self.head)
 
     def no_weight_decay(self) -> set[str]:
-        tables = ("absolute_pos_embed", "relative_position_bias_table")
-        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+        return {name for name, _ in self.named_parameters() if name.endswith(("absolute_pos_embed", RELATIVE_TABLE))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {
@@ -343,18 +342,20 @@ class HiViT(Backbone):
         """
         own = dict(self.named_parameters())
         position = state.get("absolute_pos_embed")
-        is_square = position is None or square_grid(position.shape[1]) is not None
+        # The tables of a model whose tokens are no square grid may have a square number of rows all the same.
+        is_square = position is None or (position.ndim == 3 and square_grid(position.shape[1]) is not None)
         fitted = {}
         for key, value in state.items():
             if key.endswith("relative_position_index"):
                 continue
-            if key.endswith(RELATIVE_TABLE) and key in own and len(value) != len(own[key]) and is_square:
-                # The square root is the number of offsets along a side, 2 * tokens - 1.
-                if (offsets := square_grid(len(value))) and offsets[0] % 2:
-                    side = (offsets[0] + 1) // 2
-                    value = resize_table(value, (side, side), self.table_grid)
-            elif key == "absolute_pos_embed" and key in own and value.shape[1] != own[key].shape[1] and is_square:
-                value = resize_position(value, square_grid(value.shape[1]), self.position_grid)
+            if is_square and key in own and value.ndim == own[key].ndim:
+                if key == "absolute_pos_embed" and value.shape[1] != own[key].shape[1]:
+                    value = resize_position(value, square_grid(value.shape[1]), self.position_grid)
+                elif key.endswith(RELATIVE_TABLE) and len(value) != len(own[key]):
+                    offsets = square_grid(len(value))  # along a side: 2 * tokens - 1
+                    if offsets and offsets[0] % 2:
+                        side = (offsets[0] + 1) // 2
+                        value = resize_table(value, (side, side), self.table_grid)
             fitted[key] = value
         if not any(key.endswith(RELATIVE_TABLE) for key in state):
             tables = [key for key in own if key.endswith(RELATIVE_TABLE)]

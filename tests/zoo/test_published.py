@@ -145,6 +145,13 @@ def test_positions_of_an_unknown_grid_are_told_not_guessed():
     assert not report.resized
 
 
+def test_positions_of_the_wrong_kind_are_told(source):
+    source["absolute_pos_embed"] = torch.zeros(196)
+    source["blocks.6.attn.relative_position_bias_table"] = torch.tensor(0.0)
+    report = zoo.load_published(zoo.create_model("test_hivit", num_classes=10), source)
+    assert len(report.mismatched) == 2
+
+
 def test_other_classes_and_missing_entries_are_told(source):
     del source["blocks.0.mlp.fc1.weight"]
     report = zoo.load_published(zoo.create_model("test_hivit", num_classes=4), source)
