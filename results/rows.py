@@ -132,16 +132,18 @@ def started(record: Record) -> str:
     return str(record.provenance.get("started") or "")
 
 
-# A setting is (model, head, size, classes, data, precision, recipe). None in the last four stands for any: a cost does
-# not depend on data, precision or recipe, and a speed not on data or recipe.
+# A setting is (model, head, size, classes, data, precision, recipe, evaluation). None in the last four stands for any:
+# a cost does not depend on data, precision or recipe, a speed not on data or recipe, a training not on its evaluation.
 def _setting(record: Record) -> tuple:
     trained = record.stage in ("train", "evaluate")
     outcome = {"seed", "depends_on", "method", "stage"}  # Jobs that differ in these alone are one setting.
-    recipe = json.dumps({n: v for n, v in record.job.items() if n not in outcome}, sort_keys=True) if trained else None
     base = (record.model, record.head, tuple(record.input_size), record.job.get("num_classes"))
     if not trained:  # Its job may carry the name of a data set, but its number does not depend on it.
-        return (*base, None, None, None)
-    return (*base, record.data, record.precision, recipe)
+        return (*base, None, None, None, None)
+    job = {name: value for name, value in record.job.items() if name not in outcome}
+    recipe = dict(job.pop("recipe", None) or {})
+    evaluation = json.dumps(recipe.pop("evaluation", {}), sort_keys=True) if record.stage == "evaluate" else None
+    return (*base, record.data, record.precision, json.dumps([job, recipe], sort_keys=True), evaluation)
 
 
 def _fits(specific: tuple, general: tuple) -> bool:
@@ -249,7 +251,7 @@ def _note_recipes(rows: Sequence[Row], settings: Sequence[tuple]) -> None:
     """Say so where rows that look alike were trained differently: never an average over different recipes."""
     recipes: dict[tuple, set] = {}
     for setting in settings:
-        recipes.setdefault(setting[:3] + setting[4:6], set()).add(setting[6])
+        recipes.setdefault(setting[:3] + setting[4:6], set()).add(setting[6:])
     for row in rows:
         alike = recipes.get((row.model, row.head, row.input_size, row.data, row.precision), set())
         if len(alike) > 1:

@@ -283,3 +283,15 @@ def test_rows_of_cost_come_from_cost_and_speed_alone(ragged_suite):
     assert len(rows) == 16
     assert {row.data for row in rows} == {None}
     assert rows[0].model == "mit_b0"
+
+
+def test_a_training_belongs_to_every_way_of_evaluating_it(record):
+    """Whole images or sliding windows: two rows of one training, which says nothing of its evaluation itself."""
+    base = record("evaluate", "segmentation")
+    trained = record("train", "segmentation")
+    ways = [
+        replace(base, key=mode, job=base.job | {"recipe": base.job["recipe"] | {"evaluation": {"mode": mode}}})
+        for mode in ("whole", "slide")
+    ]
+    assert len(tables.rows_of([trained, ways[0]], "segmentation")) == 1
+    assert len(tables.rows_of([trained, *ways], "segmentation")) == 2

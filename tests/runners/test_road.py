@@ -61,6 +61,10 @@ def test_everything_is_there(undisturbed):
         for suffix in ("csv", "md", "tex"):
             assert (undisturbed.output / "tables" / f"{kind}.{suffix}").exists()
         assert (undisturbed.output / f"leaderboard_{kind}.csv").exists()
+    for kind in ("classification", "segmentation"):
+        lines = (undisturbed.output / f"leaderboard_{kind}.csv").read_text().splitlines()
+        assert len(lines) == 1 + 2  # a row for each model: its cost, speed and score belong together
+        assert "not run" not in "".join(lines)
     for record in found.values():
         assert (undisturbed.output / record.artifacts["log"]).exists()
         for fact in ("revision", "command", "versions", "hardware", "started", "seconds"):
