@@ -176,8 +176,9 @@ def test_damage_is_reported_and_mended(started, undisturbed):
     damaged_weights = next(started.output.glob("jobs/train-seg-test_mit-*/weights.safetensors"))
     damaged_weights.write_bytes(damaged_weights.read_bytes()[:-10])
     plan = started.run("plan=true", "models=[test_mit]")
-    assert plan.count("to do") == 4  # two records damaged, one gone, one without its weights; nothing is touched yet
-    printed = started.run("executor=inline", "models=[test_mit]")
+    assert plan.count("to do") == 4  # two records damaged, one gone, one without its weights
+    assert len(list(ledger.glob("train-*.json"))) == 2  # a plan takes no record away that can be read
+    printed = plan + started.run("executor=inline", "models=[test_mit]")
     for path in (cost, evaluated, damaged_weights):
         assert str(path) in printed
     assert "is trained again" in printed
