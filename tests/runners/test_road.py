@@ -130,7 +130,7 @@ def test_kill_at_any_moment_and_start_again(started, undisturbed, executor):
     kills = 0
     for _ in range(4 if executor == "inline" else 3):
         process = started.start(f"executor={executor}")
-        wait = dice.uniform(3, 12) if executor == "inline" else dice.uniform(8, 25)
+        wait = dice.uniform(2, 8) if executor == "inline" else dice.uniform(5, 15)
         try:
             process.wait(timeout=wait)
             process.communicate()
