@@ -1,8 +1,10 @@
 """Trade a little arithmetic in the backward pass for the tensors that autograd would otherwise keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -21,3 +23,26 @@ def recompute(function: Callable[..., torch.Tensor], *args: torch.Tensor) -> tor
     ):
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+
+
+def checkpoint_block(block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """Return ``block(*args)``; autograd keeps `args` only and runs the block again in the backward pass.
+
+    The second run draws the same random numbers and leaves the running statistics of batch norms alone, so that
+    training with and without it is the same.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(block, *args, use_reentrant=False)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _fixed_statistics(block)))
+
+
+@contextmanager
+def _fixed_statistics(block: nn.Module) -> Iterator[None]:
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False  # in training: normalise by the batch, update nothing
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
