@@ -38,11 +38,12 @@ def checkpoint_block(block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _fixed_statistics(block: nn.Module) -> Iterator[None]:
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False  # in training: normalise by the batch, update nothing
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):  # the second run updates copies that nobody reads
+        norm._buffers |= {name: value.clone() for name, value in buffers.items() if value is not None}
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers |= buffers
