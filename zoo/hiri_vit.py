@@ -78,7 +78,9 @@ def conv(dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias
     return nn.Conv2d(dim, out, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
 
 
-def conv_norm_act(dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False):
+def conv_norm_act(
+    dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False
+) -> nn.Sequential:
     return nn.Sequential(conv(dim, out, kernel, stride, groups, bias), BatchNorm(out), nn.ReLU(inplace=True))
 
 
@@ -265,6 +267,8 @@ class Head(nn.Module):
 class HiriViT(Backbone):
     """HIRI-ViT image classifier; its dense maps are those of the five stages, each after the stage's norm.
 
+    The paper's detection and segmentation networks take the last four of the five (``out_indices=(1, 2, 3, 4)``).
+
     Any image size works as it is: every operation of stride 2 gives ceil(side / 2) positions. The classifier is a
     two-layer head; `reset_classifier` replaces its last layer, and with 0 classes removes both.
     """
@@ -297,7 +301,7 @@ class HiriViT(Backbone):
         return 5
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the last stage's map (B, C_5, ceil(H / 64), ceil(W / 64)), normalised."""
+        """Images (B, 3, H, W) -> the last map, normalised: (B, C_5, h, w), h = ceil(H / 64) (224 form: H / 32)."""
         return self._forward(x, len(self.stages) - 1)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
