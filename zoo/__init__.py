@@ -1,6 +1,6 @@
 """The models that the suite compares, behind timm's interface. Importing this package registers them with timm."""
 
-from zoo import hivit, hivit_mae
+from zoo import hiri_vit, hivit, hivit_mae
 from zoo.backbone import Backbone
 from zoo.baselines import mit
 from zoo.errors import ZooError
@@ -13,6 +13,7 @@ __all__ = [
     "ZooError",
     "create_model",
     "family",
+    "hiri_vit",
     "hivit",
     "hivit_mae",
     "list_models",
