@@ -1,6 +1,6 @@
 """The models that the suite compares, behind timm's interface. Importing this package registers them with timm."""
 
-from zoo import hivit, hivit_mae
+from zoo import hivit, hivit_mae, hrformer
 from zoo.backbone import Backbone
 from zoo.baselines import mit
 from zoo.errors import ZooError
@@ -15,6 +15,7 @@ __all__ = [
     "family",
     "hivit",
     "hivit_mae",
+    "hrformer",
     "list_models",
     "load_published",
     "mit",
