@@ -1,6 +1,6 @@
 """The models that the suite compares, behind timm's interface. Importing this package registers them with timm."""
 
-from zoo import hiri_vit, hivit, hivit_mae
+from zoo import hiri_vit, hivit, hivit_mae, hrformer
 from zoo.backbone import Backbone
 from zoo.baselines import mit
 from zoo.errors import ZooError
@@ -16,6 +16,7 @@ __all__ = [
     "hiri_vit",
     "hivit",
     "hivit_mae",
+    "hrformer",
     "list_models",
     "load_published",
     "mit",

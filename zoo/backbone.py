@@ -105,8 +105,20 @@ class Backbone(nn.Module):
         self.grad_checkpointing = enable
 
     def published_key(self, key: str) -> str:
-        """The name that the published implementation gives to our state_dict entry `key`."""
+        """The name that the published implementation gives to our state_dict entry `key` (or to its first part)."""
         return key
+
+    def published_parts(self, key: str) -> tuple[str, ...]:
+        """The published entries that our entry `key` joins along its rows, in their order; one, unless stated."""
+        return (self.published_key(key),)
+
+    def to_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict under the published implementation's names; what we joined is taken apart again."""
+        published = {}
+        for key, value in state.items():
+            parts = self.published_parts(key)
+            published |= dict(zip(parts, value.chunk(len(parts)) if len(parts) > 1 else [value], strict=True))
+        return published
 
     def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A published state dict under our names, tensors resized where size allows; the family's checkpoint filter."""

@@ -86,7 +86,8 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Tensor]) 
     zeroed = tuple(key for key in loaded if to_source(key) not in state)
     return LoadReport(
         loaded=tuple(key for key in loaded if key not in zeroed),
-        missing=tuple(key for key in own if key not in fitted),
+        # Counters of a batch norm's updates, which old files lack and nothing reads: no part of the weights.
+        missing=tuple(key for key in own if key not in fitted and not key.endswith("num_batches_tracked")),
         unexpected=tuple(to_source(key) for key in fitted if key not in own),
         mismatched=tuple(
             f"{to_source(key)}: {tuple(fitted[key].shape)} in the source, {tuple(own[key].shape)} in the model"
@@ -96,7 +97,9 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Tensor]) 
         resized=tuple(
             to_source(key)
             for key in loaded
-            if (old := state.get(to_source(key))) is not None and old.shape != own[key].shape
+            if (old := state.get(to_source(key))) is not None
+            and old.shape != own[key].shape
+            and not _is_joined(model, key)
         ),
         zeroed=zeroed,
         derived=tuple(key for key in state if key.endswith("relative_position_index") and key not in fitted),
@@ -112,6 +115,10 @@ def published_keys(model: nn.Module) -> dict[str, str]:
 
 def _published_key(model: nn.Module, key: str) -> str:
     return model.published_key(key) if hasattr(model, "published_key") else key
+
+
+def _is_joined(model: nn.Module, key: str) -> bool:
+    return hasattr(model, "published_parts") and len(model.published_parts(key)) > 1
 
 
 def _source_names(model: nn.Module, original: dict[str, str]):

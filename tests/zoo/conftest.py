@@ -31,7 +31,11 @@ class Oracle:
             if leaf in ("relative_position_index", "num_batches_tracked"):
                 continue
             x = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape)
-            if leaf == "weight":
+            if leaf == "running_var":
+                x = 1 + 0.1 * np.abs(x)
+            elif leaf == "running_mean":
+                x = 0.1 * x
+            elif leaf == "weight":
                 x = 1 + 0.1 * x if len(shape) == 1 else x / np.sqrt(np.prod(shape[1:]))
             else:
                 x = 0.02 * x

@@ -1,0 +1,159 @@
+"""What the multi-resolution families share: HRNet's stem, fusion and classification head, and windows of a map.
+
+HRNet (Wang et al., 2020, https://arxiv.org/abs/1908.07919) keeps parallel branches at strides 4, 8, 16 and 32 and adds
+them into each other after every module. Maps are logically (B, C, H, W); their memory is channels-last, so that the
+same map is (B, H, W, C) for linear layers without a copy.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+
+
+def conv_norm(dim: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, bias: bool = False) -> list:
+    """A convolution that keeps the size (divided by `stride`, rounded up), and its BatchNorm."""
+    conv = nn.Conv2d(dim, out, kernel, stride, kernel // 2, groups=groups, bias=bias)
+    return [conv, nn.BatchNorm2d(out)]
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with BatchNorm and ReLU: images -> maps at stride 4."""
+
+    def __init__(self, in_chans: int, dim: int, out: int, bias: bool = False):
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(in_chans, dim, 3, stride=2, bias=bias)
+        self.conv2, self.bn2 = conv_norm(dim, out, 3, stride=2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+        return F.relu(self.bn2(self.conv2(x)))
+
+
+class Bottleneck(nn.Module):
+    """ResNet's block of 1x1, 3x3, 1x1 convolutions to four times `width`; the 3x3 one may be depth-wise.
+
+    The shortcut is a 1x1 convolution unless `project` is False.
+    """
+
+    expansion = 4
+
+    def __init__(self, dim: int, width: int, depthwise: bool = False, project: bool = True):
+        super().__init__()
+        out = width * self.expansion
+        self.conv1, self.bn1 = conv_norm(dim, width)
+        self.conv2, self.bn2 = conv_norm(width, width, 3, groups=width if depthwise else 1)
+        self.conv3, self.bn3 = conv_norm(width, out)
+        self.downsample = nn.Sequential(*conv_norm(dim, out)) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+class Fusion(nn.ModuleList):
+    """Adds every branch into every other: output i = activation(sum over j of path[i][j](branch j)).
+
+    A list (outputs) of lists (inputs) of paths. Paths from lower resolutions (j > i) end at their input's size and are
+    then enlarged by `upsample(x, factor, size)` to that of branch i.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Sequence[nn.Module]],
+        activation: Callable[[Tensor], Tensor],
+        upsample: Callable[[Tensor, int, Size], Tensor],
+    ):
+        super().__init__([nn.ModuleList(row) for row in paths])
+        self.activation = activation  # a function: a module would be an entry of the list
+        self.upsample = upsample
+
+    def keep(self, outputs: Sequence[int]) -> None:
+        """Remove the paths to all but these outputs."""
+        for i in range(len(self)):
+            if i not in outputs:
+                self[i] = nn.ModuleList()
+
+    def forward(self, branches: list[Tensor], outputs: Sequence[int] | None = None) -> list[Tensor]:
+        """Maps from high to low resolution -> the fused maps, all or those of `outputs`."""
+        return [self._fuse(i, branches) for i in (range(len(self)) if outputs is None else outputs)]
+
+    def _fuse(self, i: int, branches: list[Tensor]) -> Tensor:
+        total = None
+        for j, (path, branch) in enumerate(zip(self[i], branches, strict=True)):
+            x = path(branch)
+            if j > i:
+                x = self.upsample(x, 2 ** (j - i), tuple(branches[i].shape[-2:]))
+            total = x if total is None else total + x
+        return self.activation(total)
+
+
+def upsample_nearest(x: Tensor, factor: int, size: Size) -> Tensor:
+    """Enlarge by a whole factor; where that is not `size`, resample bilinearly, corners on corners."""
+    x = F.interpolate(x, scale_factor=factor, mode="nearest")
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def upsample_bilinear(x: Tensor, factor: int, size: Size) -> Tensor:
+    """Enlarge bilinearly by a whole factor, and once more to `size` where that differs."""
+    x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class ClassificationHead(nn.Module):
+    """HRNetV2's: widen each branch by a bottleneck, add it to the one above after a stride, 1x1 convolution to `out`.
+
+    `widths` are the bottlenecks' widths, a quarter of what they give. With `depthwise` every 3x3 convolution is
+    depth-wise; the strided ones are then followed by a BatchNorm and a 1x1 convolution.
+    """
+
+    def __init__(self, channels: Sequence[int], widths: Sequence[int], out: int, depthwise: bool):
+        super().__init__()
+        wide = [Bottleneck.expansion * width for width in widths]
+        self.incre_modules = nn.ModuleList(
+            nn.Sequential(Bottleneck(dim, width, depthwise)) for dim, width in zip(channels, widths, strict=True)
+        )
+        self.downsamp_modules = nn.ModuleList()
+        for dim, lower in itertools.pairwise(wide):
+            if depthwise:
+                strided = conv_norm(dim, dim, 3, stride=2, groups=dim, bias=True) + conv_norm(dim, lower, bias=True)
+            else:
+                strided = conv_norm(dim, lower, 3, stride=2, bias=True)
+            self.downsamp_modules.append(nn.Sequential(*strided, nn.ReLU()))
+        self.final_layer = nn.Sequential(*conv_norm(wide[-1], out, bias=True), nn.ReLU())
+
+    def forward(self, branches: list[Tensor]) -> Tensor:
+        """Maps from high to low resolution -> one map (B, out, H, W) of the lowest."""
+        x = self.incre_modules[0](branches[0])
+        for down, widen, branch in zip(self.downsamp_modules, self.incre_modules[1:], branches[1:], strict=True):
+            x = widen(branch) + down(x)
+        return self.final_layer(x)
+
+
+def cut_windows(x: Tensor, window: int) -> Tensor:
+    """A map (B, H, W, C) -> the rows of its windows (B * windows, window^2, C).
+
+    Sides that `window` does not divide are zero-padded, half before (rounded down) and half after.
+    """
+    b, h, w, c = x.shape
+    rows, columns = -h % window, -w % window  # of padding
+    if rows or columns:
+        x = F.pad(x, (0, 0, columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    x = x.reshape(b, (h + rows) // window, window, (w + columns) // window, window, c)
+    return x.transpose(2, 3).reshape(-1, window * window, c)
+
+
+def join_windows(x: Tensor, window: int, size: Size) -> Tensor:
+    """Undo `cut_windows`: rows of windows -> the map (B, H, W, C) of `size` (H, W), without the padding."""
+    h, w = size
+    rows, columns = -(-h // window), -(-w // window)  # windows
+    x = x.reshape(-1, rows, columns, window, window, x.shape[-1]).transpose(2, 3)
+    x = x.reshape(-1, rows * window, columns * window, x.shape[-1])
+    top, left = (rows * window - h) // 2, (columns * window - w) // 2
+    return x[:, top : top + h, left : left + w]
