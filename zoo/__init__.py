@@ -1,6 +1,6 @@
 """The models that the suite compares, behind timm's interface. Importing this package registers them with timm."""
 
-from zoo import hiri_vit, hivit, hivit_mae, hrformer
+from zoo import hiri_vit, hivit, hivit_mae, hrformer, hrvit
 from zoo.backbone import Backbone
 from zoo.baselines import mit
 from zoo.errors import ZooError
@@ -17,6 +17,7 @@ __all__ = [
     "hivit",
     "hivit_mae",
     "hrformer",
+    "hrvit",
     "list_models",
     "load_published",
     "mit",

@@ -1,0 +1,218 @@
+"""HRViT against the published implementation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+
+import zoo
+from benchmarks.cost import count
+from zoo.hrvit import CrossAttention, DiverseShortcut, shortcut_columns, upsample_cropped
+
+DTYPES = [torch.float64, torch.float32]
+
+
+def build_empty(name: str, **options) -> torch.nn.Module:
+    with torch.device("meta"):
+        return zoo.create_model(name, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_classifier_equals_the_published_one(oracle, dtype):
+    published = oracle("hrvit_b1_cls")
+    model = published.fill(zoo.create_model("hrvit_b1"), dtype)
+    for size in [(224, 224), (256, 320)]:
+        with torch.no_grad():
+            published.check(model(published.images(dtype, size)), published.runs[f"{size[0]}x{size[1]}"]["logits"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_maps_equal_the_published_ones(oracle, dtype):
+    published = oracle("hrvit_b1_seg")
+    model = published.fill(zoo.create_model("hrvit_b1", features_only=True), dtype)
+    for size in [(224, 224), (256, 320), (160, 288)]:
+        with torch.no_grad():
+            maps = model(published.images(dtype, size))
+        assert len(maps) == 4
+        for index, output in enumerate(maps):
+            published.check(output, published.runs[f"{size[0]}x{size[1]}"][f"out{index}"])
+
+
+@pytest.mark.parametrize(("options", "oracle_name"), [({}, "hrvit_b1_cls"), ({"features_only": True}, "hrvit_b1_seg")])
+def test_every_published_key_has_its_place(oracle, options, oracle_name):
+    published = oracle(oracle_name)
+    model = build_empty("hrvit_b1", **options)
+    inner = getattr(model, "model", model)
+    ours = {key: tuple(value.shape) for key, value in inner.to_published(inner.state_dict()).items()}
+    assert ours == published.shapes
+    assert sum(p.numel() for p in model.parameters()) == published.params
+
+
+def test_names_go_both_ways():
+    model, other = zoo.create_model("test_hrvit"), zoo.create_model("test_hrvit")
+    published = model.to_published(model.state_dict())
+    report = zoo.load_published(other, published)
+    assert report.complete
+    assert set(report.loaded) == set(other.state_dict())
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert zoo.load_published(zoo.create_model("test_hrvit"), model.state_dict()).complete
+    assert set(zoo.published_keys(model).values()) == set(published)
+
+
+def test_dense_backbone_takes_a_classifier_s_checkpoint_and_leaves_its_head():
+    source = zoo.create_model("test_hrvit")
+    model = zoo.create_model("test_hrvit", features_only=True)
+    report = zoo.load_published(model, source.to_published(source.state_dict()))
+    assert not report.missing
+    assert report.unexpected
+    assert all(key.startswith("head.") for key in report.unexpected)
+
+
+COUNTS = {
+    "hrvit_b1": (19_685_152, 7_758_008),
+    "hrvit_b2": (32_486_408, 20_310_944),
+    "hrvit_b3": (37_870_304, 25_507_960),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    models = [build_empty(name), build_empty(name, features_only=True)]
+    assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == COUNTS[name]
+
+
+GIGA_MACS = {
+    ("hrvit_b1", 224, False): 2.7756,
+    ("hrvit_b2", 224, False): 5.2883,
+    ("hrvit_b3", 224, False): 5.9000,
+    ("hrvit_b1", 224, True): 1.7459,
+    ("hrvit_b2", 224, True): 4.2205,
+    ("hrvit_b3", 224, True): 4.8061,
+}
+
+
+@pytest.mark.parametrize(("name", "size", "dense"), GIGA_MACS)
+def test_macs(name, size, dense):
+    model = build_empty(name, features_only=dense)
+    assert count(model, (3, size, size)).macs / 1e9 == pytest.approx(GIGA_MACS[name, size, dense], rel=1e-4)
+
+
+# The published code pads stripes, and multiplies the padding as well: at 512, by branch and block, two products over
+# five stripes of 7 x 32 tokens, where ours have a last one of 4 x 32; and three of 7 x 16, where ours ends in 2 x 16.
+@pytest.mark.parametrize(
+    ("name", "published", "blocks"),
+    [("hrvit_b1", 10.5854, (20, 4)), ("hrvit_b2", 24.8237, (24, 4)), ("hrvit_b3", 28.3967, (24, 6))],
+)
+def test_macs_are_the_published_ones_less_the_padding(name, published, blocks):
+    model = build_empty(name, features_only=True)
+    channels = model.feature_info.channels()
+    padding = 2 * channels[2] * ((7 * 32) ** 2 - (4 * 32) ** 2) * blocks[0]
+    padding += 2 * channels[3] * ((7 * 16) ** 2 - (2 * 16) ** 2) * blocks[1]
+    assert (count(model, (3, 512, 512)).macs + padding) / 1e9 == pytest.approx(published, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (7, 5), (2, 9)])
+def test_attention_written_out(size):
+    """Every token sees those of its stripe alone: rows for half of the channels, columns for the other."""
+    dim, heads, width = 8, 2, 3
+    module = CrossAttention(dim, heads, width).double().eval()
+    w = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    module.load_state_dict(w)
+    x = torch.randn(2, *size, dim, dtype=torch.float64)
+    tokens = x.flatten(1, 2)
+    q, v = (tokens @ w["qv.weight"].T + w["qv.bias"]).chunk(2, -1)
+    index = torch.arange(size[0] * size[1])
+    expected = torch.zeros_like(v)
+    for direction, stripe in enumerate((index // size[1] // width, index % size[1] // width)):
+        mask = torch.where(stripe[:, None] == stripe, 0.0, -torch.inf).double()
+        for head in range(heads):
+            first = direction * dim // 2 + head * 2
+            part = slice(first, first + 2)
+            logits = q[..., part] @ v[..., part].transpose(1, 2) * 2**-0.5 + mask
+            expected[..., part] = logits.softmax(-1) @ v[..., part]
+    local = F.hardswish(v).unflatten(1, size).permute(0, 3, 1, 2)
+    local = F.conv2d(local, w["local.weight"], w["local.bias"], padding=1, groups=dim).flatten(2).transpose(1, 2)
+    expected = F.hardswish(expected + local) @ w["proj.weight"].T + w["proj.bias"]
+    expected = (expected - w["norm.running_mean"]) / (w["norm.running_var"] + 1e-5).sqrt()
+    expected = expected * w["norm.weight"] + w["norm.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected.unflatten(1, size))
+
+
+def test_shortcut_is_a_product_from_both_sides():
+    sizes = {dim: (dim // shortcut_columns(dim), shortcut_columns(dim)) for dim in (32, 48, 64, 96, 128, 240, 384, 512)}
+    assert list(sizes.values()) == [(4, 8), (6, 8), (8, 8), (12, 8), (8, 16), (15, 16), (24, 16), (16, 32)]
+    module, x = DiverseShortcut(48), torch.randn(2, 3, 48)
+    inner = F.gelu(x.view(2, 3, 6, 8) @ module.right.weight.T + module.right.bias)
+    expected = module.left.weight @ inner + module.left.bias[:, None]
+    torch.testing.assert_close(module(x), expected.flatten(-2))
+
+
+def test_maps_from_below_are_enlarged_pixel_by_pixel():
+    x = torch.rand(1, 2, 3, 5)
+    whole = x.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert torch.equal(upsample_cropped(x, 4, (12, 20)), whole)
+    assert torch.equal(upsample_cropped(x, 4, (11, 18)), whole[..., :11, :18])
+
+
+@pytest.mark.parametrize(("name", "depth"), [("hrvit_b1", 22), ("hrvit_b2", 26), ("hrvit_b3", 26)])
+def test_short_branches_have_the_first_drop_path_rates_of_their_module(name, depth):
+    model = build_empty(name, drop_path_rate=0.3)
+    rates = []
+    for module in model.features[1::2]:
+        branches = [[getattr(block.drop_path, "drop_prob", 0.0) for block in blocks] for blocks in module.branches]
+        longest = max(branches, key=len)
+        assert all(branch == longest[: len(branch)] for branch in branches)
+        rates += longest
+    assert rates == pytest.approx(torch.linspace(0, 0.3, depth).tolist(), abs=1e-7)
+    assert max(m.drop_prob for m in build_empty(name).modules() if isinstance(m, DropPath)) == 0.1
+
+
+def test_initialisation():
+    models = {dense: zoo.create_model("hrvit_b1", dense_init=dense) for dense in (False, True)}
+    for dense, model in models.items():
+        assert model.head_drop.p == 0.1
+        for name, module in model.named_modules():
+            if isinstance(module, CrossAttention):
+                assert not module.norm.weight.any()
+                assert not module.norm.bias.any()
+            elif isinstance(module, torch.nn.Linear) and module.weight.numel() > 1000:
+                expected = 0.02 if dense else (3 * module.in_features) ** -0.5
+                assert module.weight.std().item() == pytest.approx(expected, rel=0.1), name
+                assert module.bias.any() != dense
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"window_size": 0}, ["window_size", "positive"]),
+        ({"window_size": (7, 7)}, ["window_size=(7, 7)", "4 ints"]),
+        ({"window_size": "7"}, ["window_size='7'", "an int, or 4 ints"]),
+        ({"channels": (18, 36, 72)}, ["channels=(18, 36, 72)", "4 ints"]),
+        ({"channels": (33, 64, 128, 256)}, ["channels=(33, 64, 128, 256)", "33"]),
+        ({"head_dim": 24}, ["head_dim=24"]),
+        ({"head_dim": 0}, ["head_dim=0", "positive"]),
+        ({"num_modules": (1, 0, 1, 1)}, ["num_modules", "positive"]),
+        ({"drop_path_rate": 1.0}, ["drop_path_rate=1.0"]),
+        ({"img_size": 16}, ["img_size", "32"]),
+        ({"windows": 7}, ["windows", "window_size"]),
+    ],
+)
+def test_impossible_values_are_told_in_one_line(options, told):
+    with pytest.raises(zoo.ZooError) as error:
+        zoo.create_model("hrvit_b1", **options)
+    assert all(part in str(error.value) for part in ["hrvit_b1", *told])
+    assert "\n" not in str(error.value)
+
+
+def test_a_stripe_width_for_each_branch():
+    model = zoo.create_model("test_hrvit", window_size=[5, 4, 3, 2], img_size=64).eval()
+    assert [blocks[0].attn.width for blocks in model.features[-1].branches] == [5, 4, 3, 2]
+    assert model(torch.rand(1, 3, 70, 41)).shape == (1, 1000)
+
+
+def test_pruned_maps_are_named():
+    model = zoo.create_model("test_hrvit", features_only=True, out_indices=(0, 2))
+    assert model.model.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 24)
+    with pytest.raises(zoo.ZooError, match="pruned"):
+        model.model.forward_intermediates(torch.rand(1, 3, 64, 64), indices=[1])

@@ -1,0 +1,470 @@
+"""HRViT: Multi-Scale High-Resolution Vision Transformer for Semantic Segmentation (Gu et al., CVPR 2022).
+
+Paper: https://arxiv.org/abs/2111.01236 (section 3, Figures 1 to 4). Where the paper and the published implementation
+differ, the numbers follow the implementation, and a comment says so.
+
+Branches at strides 4, 8, 16 and 32 run in parallel, each a row of transformer blocks with attention inside crossed
+stripes and a feed-forward network with mixed depth-wise convolutions; before every module all branches are added into
+all, and a branch may be born.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
+from zoo.errors import ZooError
+from zoo.multi_resolution import ClassificationHead, Fusion, Size, Stem, conv_norm
+from zoo.recompute import checkpoint_block
+
+STEM_WIDTHS = (32, 64)  # channels of the stem's two convolutions, in all variants
+STRIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class HRViTConfig:
+    """What an HRViT is made of. Raises ZooError for impossible values."""
+
+    channels: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the branches, strides 4 to 32
+    num_modules: tuple[int, int, int, int] = (1, 1, 2, 2)  # per stage; a stage has one branch more than the last
+    num_blocks: tuple[int, int, int, int] = (1, 1, 6, 2)  # per branch of a module
+    last_blocks: tuple[int, int, int, int] = (1, 1, 6, 2)  # the same of the last module
+    head_dim: int = 32  # channels of an attention head
+    window_size: int | tuple[int, int, int, int] = (1, 2, 7, 7)  # tokens, a stripe's width: one, or one per branch
+    mlp_ratio: tuple[int, int, int, int] = (4, 4, 4, 4)  # hidden width over width of MixCFN, per branch
+    drop_path_rate: float = 0.1  # stochastic depth of the last block; grows linearly from 0
+    dense_init: bool = False  # linear layers start as in the published dense networks: std 0.02, no bias
+    head_widths: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the classifier's bottlenecks, which give 4 times
+    head_features: int = 2048  # channels before the classifier's pooling
+    img_size: int | tuple[int, int] | None = None  # accepted for uniformity: no parameter depends on it
+
+    def __post_init__(self):
+        if isinstance(self.window_size, int) and not isinstance(self.window_size, bool):
+            object.__setattr__(self, "window_size", (self.window_size,) * len(STRIDES))
+        if not isinstance(self.window_size, list | tuple):
+            raise ZooError(f"window_size={self.window_size!r} must be an int, or 4 ints, one per branch")
+        check_fields(self)
+        if self.img_size is not None:
+            check_size(self.img_size)
+        names = ("channels", "num_modules", "num_blocks", "last_blocks", "window_size", "mlp_ratio", "head_widths")
+        for name in names:
+            if min(getattr(self, name)) < 1:
+                raise ZooError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("head_dim", "head_features"):
+            if getattr(self, name) < 1:
+                raise ZooError(f"{name}={getattr(self, name)} must be positive")
+        for dim in self.channels:
+            if dim % 2 or dim % shortcut_columns(dim):
+                raise ZooError(f"channels={self.channels}: {dim} is not even, or no multiple of its shortcut's columns")
+            if dim // 2 % num_heads(dim, self.head_dim):
+                raise ZooError(f"head_dim={self.head_dim} leaves unequal heads in half of {dim} channels")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
+
+
+def num_heads(dim: int, head_dim: int) -> int:
+    """Heads of each of the two directions, which have half of the channels."""
+    return max(dim // 2 // head_dim, 1)
+
+
+def shortcut_columns(dim: int) -> int:
+    """Columns of the matrix that a token is in its shortcut: the paper's sqrt(C) as a power of 2, as published."""
+    exponent = dim.bit_length() - 1
+    return 2 ** (exponent - exponent // 2)
+
+
+class CrossAttention(nn.Module):
+    """Cross-shaped window attention (section 3.2): half of the channels in rows of tokens, half in columns.
+
+    A stripe is `width` rows (columns) of the map. The published code pads the map to whole stripes and masks the
+    padding; here the last stripe is narrower, which is the same.
+    """
+
+    def __init__(self, dim: int, heads: int, width: int):
+        super().__init__()
+        self.heads = heads
+        self.width = width
+        self.qv = nn.Linear(dim, 2 * dim)  # the values are the keys, too
+        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.BatchNorm1d(dim)
+        # The paper starts from an identity projection; the published code from zero: the shortcut alone.
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (B, H, W, C) -> the same."""
+        q, v = self.qv(x).chunk(2, -1)
+        (q_rows, q_columns), (v_rows, v_columns) = q.chunk(2, -1), v.chunk(2, -1)
+        rows = self._attend(q_rows, v_rows)
+        columns = self._attend(q_columns.transpose(1, 2), v_columns.transpose(1, 2)).transpose(1, 2)
+        local = self.local(F.hardswish(v).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        # The paper has the Hardswish after the projection; the published code before it.
+        x = self.proj(F.hardswish(torch.cat([rows, columns], -1) + local))
+        return self.norm(x.flatten(0, 2)).view(x.shape)
+
+    def _attend(self, q: Tensor, v: Tensor) -> Tensor:
+        """Attention inside stripes of rows: queries and values (B, H, W, C / 2) -> (B, H, W, C / 2)."""
+        whole = q.shape[1] - q.shape[1] % self.width
+        parts = []
+        for begin, end, width in ((0, whole, self.width), (whole, q.shape[1], q.shape[1] - whole)):
+            if begin < end:
+                query, value = (self._stripes(t[:, begin:end], width) for t in (q, v))
+                out = F.scaled_dot_product_attention(query, value, value)
+                parts.append(out.transpose(1, 2).reshape(q.shape[0], end - begin, *q.shape[2:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _stripes(self, x: Tensor, width: int) -> Tensor:
+        """(B, H, W, C) -> (B * stripes, heads, width * W, C / heads)."""
+        b, h, w, c = x.shape
+        return x.reshape(b * (h // width), width * w, self.heads, c // self.heads).transpose(1, 2)
+
+
+class DiverseShortcut(nn.Module):
+    """Diversity-enhanced shortcut (section 3.2): a token as a matrix, multiplied from both sides.
+
+    The paper has no biases and a Hardswish; the published code biases and a GELU.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        columns = shortcut_columns(dim)
+        self.shape = (dim // columns, columns)
+        self.right = nn.Linear(self.shape[1], self.shape[1])
+        self.left = nn.Linear(self.shape[0], self.shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same."""
+        x = F.gelu(self.right(x.unflatten(-1, self.shape)))
+        return self.left(x.transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+
+
+class MixFeedForward(nn.Module):
+    """MixCFN (section 3.2): between two linear layers half of the channels go through 3x3, half through 5x5."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        half = hidden // 2
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dw3x3 = nn.Conv2d(half, half, 3, padding=1, groups=half)
+        self.dw5x5 = nn.Conv2d(half, half, 5, padding=2, groups=half)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (B, H, W, C) -> the same."""
+        small, large = self.fc1(x).permute(0, 3, 1, 2).chunk(2, 1)
+        mixed = torch.cat([self.dw3x3(small), self.dw5x5(large)], 1)
+        return self.fc2(F.gelu(mixed).permute(0, 2, 3, 1))
+
+
+class Block(nn.Module):
+    """HRViT block (Figure 2): attention beside the shortcut, then the feed-forward network."""
+
+    def __init__(self, dim: int, width: int, mlp_ratio: int, head_dim: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = CrossAttention(dim, num_heads(dim, head_dim), width)
+        self.shortcut = DiverseShortcut(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MixFeedForward(dim, dim * mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (B, H, W, C) -> the same."""
+        x = x + self.drop_path(self.attn(self.norm1(x)) + self.shortcut(x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Efficient patch embedding (section 3.2): point-wise and depth-wise convolution, LayerNorm."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.pw = nn.Conv2d(dim, out, 1)
+        self.dw3x3 = nn.Conv2d(out, out, 3, padding=1, groups=out)
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (B, C, H, W) -> (B, H, W, out)."""
+        return self.norm(self.dw3x3(self.pw(x)).permute(0, 2, 3, 1))
+
+
+class Module(nn.Module):
+    """Parallel branches: patch embedding, blocks, LayerNorm (Figure 1)."""
+
+    def __init__(self, cfg: HRViTConfig, ins: Sequence[int], blocks: Sequence[int], rates: Sequence[float]):
+        super().__init__()
+        outs = cfg.channels[: len(ins)]
+        self.patch_embed = nn.ModuleList(PatchEmbed(dim, out) for dim, out in zip(ins, outs, strict=True))
+        # The blocks of a short branch have the first, lowest rates of the module.
+        self.branches = nn.ModuleList(
+            nn.ModuleList(
+                Block(dim, cfg.window_size[i], cfg.mlp_ratio[i], cfg.head_dim, rate) for rate in rates[: blocks[i]]
+            )
+            for i, dim in enumerate(outs)
+        )
+        self.norm = nn.ModuleList(nn.LayerNorm(dim) for dim in outs)
+
+    def keep(self, outputs: Sequence[int]) -> None:
+        """Remove all but these branches."""
+        for i in range(len(self.norm)):
+            if i not in outputs:
+                self.patch_embed[i], self.branches[i], self.norm[i] = nn.Identity(), nn.ModuleList(), nn.Identity()
+
+    def forward(self, maps: list[Tensor], outputs: Sequence[int], checkpointing: bool = False) -> list[Tensor]:
+        """Maps (B, C, H, W) of the branches `outputs` -> maps of the same sizes, channels-last in memory."""
+        mixed = []
+        for i, x in zip(outputs, maps, strict=True):
+            x = self.patch_embed[i](x)
+            for block in self.branches[i]:
+                x = checkpoint_block(block, x) if checkpointing else block(x)
+            mixed.append(self.norm[i](x).permute(0, 3, 1, 2))
+        return mixed
+
+
+def fusion_path(channels: Sequence[int], source: int, target: int) -> nn.Module:
+    """The path from branch `source` to branch `target`; what comes from below is enlarged after it."""
+    if source == target:
+        return nn.Identity()
+    dim, out = channels[source], channels[target]
+    if source > target:
+        return nn.Sequential(*conv_norm(dim, out, bias=True))
+    stride = 2 ** (target - source)
+    return nn.Sequential(*conv_norm(dim, dim, stride + 1, stride, groups=dim), *conv_norm(dim, out, bias=True))
+
+
+def fusion(channels: Sequence[int], sources: int, targets: int) -> Fusion:
+    """Cross-resolution fusion (Figure 4), with the GELU at its end that the paper does not show."""
+    paths = [[fusion_path(channels, j, i) for j in range(sources)] for i in range(targets)]
+    return Fusion(paths, F.gelu, upsample_cropped)
+
+
+def upsample_cropped(x: Tensor, factor: int, size: Size) -> Tensor:
+    """Nearest neighbour by a whole factor, cut to `size` (where they differ, the published code fails)."""
+    return F.interpolate(x, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]]
+
+
+class HRViT(Backbone):
+    """HRViT image classifier with four maps at strides 4, 8, 16 and 32 (section 3, Figure 1).
+
+    Any image size from 32 pixels works: the branches have ceil(side / stride) rows and columns. The features before
+    pooling are the map (B, head_features, ceil(H / 32), ceil(W / 32)) of the HRNetV2 head.
+    """
+
+    def __init__(
+        self,
+        cfg: HRViTConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.1,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        self.config = cfg
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = cfg.head_features
+        self.stem = Stem(in_chans, *STEM_WIDTHS, bias=True)
+        counts = [stage + 1 for stage, modules in enumerate(cfg.num_modules) for _ in range(modules)]  # of branches
+        self.features = nn.ModuleList()  # fusion and module in turn, as in the published checkpoints
+        for m, (count, rates) in enumerate(zip(counts, drop_path_rates(cfg), strict=True)):
+            ins = cfg.channels[:count] if m else STEM_WIDTHS[1:]
+            blocks = cfg.last_blocks if m == len(counts) - 1 else cfg.num_blocks
+            self.features.append(fusion(cfg.channels, counts[m - 1] if m else 1, count))
+            self.features.append(Module(cfg, ins, blocks, rates))
+        self.feature_info = [
+            {"num_chs": channels, "reduction": stride, "module": f"features.{len(self.features) - 1}.norm.{i}"}
+            for i, (channels, stride) in enumerate(zip(cfg.channels, STRIDES, strict=True))
+        ]
+        self.maps = tuple(range(len(STRIDES)))  # that are there: pruning leaves fewer
+        self.neck: nn.Module | None = ClassificationHead(
+            cfg.channels, cfg.head_widths, cfg.head_features, depthwise=False
+        )
+        check_pool("HRViT", global_pool, num_classes)
+        self.global_pool = global_pool
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(cfg.head_features, num_classes) if num_classes > 0 else nn.Identity()
+        if cfg.dense_init:
+            for linear in self.modules():
+                if isinstance(linear, nn.Linear):
+                    # Published: cut off at 100 standard deviations, where rounding can put a weight.
+                    nn.init.normal_(linear.weight, std=0.02)
+                    nn.init.zeros_(linear.bias)
+
+    @staticmethod
+    def num_maps(cfg: HRViTConfig) -> int:
+        return len(STRIDES)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the head's map (B, head_features, ceil(H / 32), ceil(W / 32)).
+
+        Where the head was pruned, the map of the lowest resolution that is left.
+        """
+        return self._join(self._forward(x, self.maps))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the positions, Linear: (B, C, h, w) -> (B, num_classes)."""
+        if self.global_pool:
+            x = self.head_drop(x.mean((2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """See `Backbone.forward_intermediates`; the maps, those wanted only, are the last module's, always normed."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
+        take, _ = feature_take_indices(len(STRIDES), indices)
+        if missing := set(take) - set(self.maps):
+            raise ZooError(f"HRViT: the maps {sorted(missing)} were pruned; left are {self.maps}")
+        made = tuple(take) if intermediates_only else self.maps
+        maps = dict(zip(made, self._forward(x, made), strict=True))
+        taken = [maps[index].permute(0, 2, 3, 1) if output_fmt == "NHWC" else maps[index] for index in take]
+        return taken if intermediates_only else (self._join(list(maps.values())), taken)
+
+    def _forward(self, x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
+        """Images -> the maps `outputs` of the last module, channels-last in memory."""
+        check_images("HRViT", x)
+        maps = [self.stem(x)]
+        checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
+        for m in range(0, len(self.features), 2):
+            fuse, module = self.features[m], self.features[m + 1]
+            wanted = outputs if m == len(self.features) - 2 else range(len(fuse))
+            maps = module(fuse(maps, wanted), wanted, checkpointing)
+        return maps
+
+    def _join(self, maps: list[Tensor]) -> Tensor:
+        return maps[-1] if self.neck is None else self.neck(maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        take, _ = feature_take_indices(len(STRIDES), indices)
+        shortened = set(take) != set(self.maps)
+        self.maps = tuple(sorted(take))
+        for last in self.features[-2:]:
+            last.keep(self.maps)
+        if prune_head or shortened:
+            self.neck = None
+            self.num_features = self.head_hidden_size = self.config.channels[self.maps[-1]]
+            self.reset_classifier(0)
+        return take
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_pool("HRViT", global_pool, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
+        weight = self.stem.conv1.weight
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        if coarse:
+            return {"stem": r"^stem", "blocks": r"^features\.(\d+)", "neck": r"^neck"}
+        blocks = [
+            (r"^features\.(\d+)\.branches\.\d+\.(\d+)", None),
+            (r"^features\.(\d+)\.norm", (9999,)),
+            (r"^features\.(\d+)", (-1,)),
+        ]
+        return {"stem": r"^stem", "blocks": blocks, "neck": r"^neck"}
+
+    def published_key(self, key: str) -> str:
+        key = re.sub(r"^neck\.", "head.", re.sub(r"^head\.", "head.classifier.", key))
+        key = re.sub(r"^(features\.\d*[02468])\.", r"\1.blocks.", key)
+        for ours, theirs in PUBLISHED_NAMES:
+            key = key.replace(ours, theirs)
+        return key
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict (classifier or segmentation backbone) under our names."""
+        ours = {self.published_key(key): key for key in self.state_dict()}
+        return {ours.get(key, key): value for key, value in state.items()}
+
+
+PUBLISHED_NAMES = [
+    (".pw.", ".proj.0."),
+    (".attn.proj.", ".attn.to_out.0."),
+    (".attn.qv.", ".attn.to_qkv."),
+    (".attn.local.", ".attn.parallel_conv.1."),
+    (".attn.norm.", ".attn.attn_bn."),
+    (".norm1.", ".attn_norm."),
+    (".norm2.", ".ffn_norm."),
+    (".shortcut.", ".des.proj_"),
+    (".mlp.dw3x3.", ".ffn.conv.conv_3."),
+    (".mlp.dw5x5.", ".ffn.conv.conv_5."),
+    (".mlp.", ".ffn."),
+    (".dw3x3.", ".proj.1."),  # of the patch embeddings
+]
+
+
+def drop_path_rates(cfg: HRViTConfig) -> list[list[float]]:
+    """Stochastic depth of each module's blocks, linear from 0; the branches of a module share their rates."""
+    depths = [max(cfg.num_blocks[: i + 1]) for i, modules in enumerate(cfg.num_modules) for _ in range(modules)]
+    depths[-1] = max(cfg.last_blocks)
+    rates = iter([cfg.drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+VARIANTS = {
+    "hrvit_b1": HRViTConfig(last_blocks=(1, 1, 2, 2)),
+    "hrvit_b2": HRViTConfig(channels=(48, 96, 240, 384), head_dim=24, mlp_ratio=(2, 3, 3, 3)),
+    "hrvit_b3": HRViTConfig(
+        channels=(64, 128, 256, 512), num_blocks=(1, 1, 6, 3), last_blocks=(1, 1, 6, 3), mlp_ratio=(2, 2, 2, 2)
+    ),
+    "test_hrvit": HRViTConfig(
+        channels=(8, 16, 24, 32),
+        num_modules=(1, 1, 1, 1),
+        num_blocks=(1, 1, 2, 1),
+        last_blocks=(1, 1, 1, 1),
+        head_dim=8,
+        window_size=(1, 2, 3, 3),
+        mlp_ratio=(2, 2, 2, 2),
+        head_widths=(4, 4, 8, 8),
+        head_features=64,
+    ),
+}
+
+default_cfgs = generate_default_cfgs(
+    {name: pretrained_cfg(first_conv="stem.conv1", classifier="head") for name in VARIANTS}
+)
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build(HRViT, variant, VARIANTS[variant], pretrained, **kwargs)
+
+
+@register_model
+def hrvit_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """HRViT-b1: 19.7 M parameters, 2.8 GMACs at 224 (Table 3 has 2.7)."""
+    return _create("hrvit_b1", pretrained, **kwargs)
+
+
+@register_model
+def hrvit_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """HRViT-b2: 32.5 M parameters, 5.3 GMACs at 224 (Table 3 has 5.1)."""
+    return _create("hrvit_b2", pretrained, **kwargs)
+
+
+@register_model
+def hrvit_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """HRViT-b3: 37.9 M parameters, 5.9 GMACs at 224 (Table 3 has 5.7)."""
+    return _create("hrvit_b3", pretrained, **kwargs)
+
+
+@register_model
+def test_hrvit(**kwargs: Any) -> nn.Module:
+    """An HRViT for tests: small and shallow, without dropout."""
+    return _create("test_hrvit", **{"drop_rate": 0.0, **kwargs})
