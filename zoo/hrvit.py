@@ -1,7 +1,7 @@
 """HRViT: Multi-Scale High-Resolution Vision Transformer for Semantic Segmentation (Gu et al., CVPR 2022).
 
-Paper: https://arxiv.org/abs/2111.01236 (section 3, Figures 1 to 4). Where the paper and the published implementation
-differ, the numbers follow the implementation, and a comment says so.
+Paper: https://arxiv.org/abs/2111.01236 (section 2, Figures 1 to 4, Table 2). Where the paper and the published
+implementation differ, the numbers follow the implementation, and a comment says so.
 
 Branches at strides 4, 8, 16 and 32 run in parallel, each a row of transformer blocks with attention inside crossed
 stripes and a feed-forward network with mixed depth-wise convolutions; before every module all branches are added into
@@ -31,7 +31,7 @@ STRIDES = (4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class HRViTConfig:
-    """What an HRViT is made of. Raises ZooError for impossible values."""
+    """What an HRViT is made of (Table 2). Raises ZooError for impossible values."""
 
     channels: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the branches, strides 4 to 32
     num_modules: tuple[int, int, int, int] = (1, 1, 2, 2)  # per stage; a stage has one branch more than the last
@@ -82,7 +82,7 @@ def shortcut_columns(dim: int) -> int:
 
 
 class CrossAttention(nn.Module):
-    """Cross-shaped window attention (section 3.2): half of the channels in rows of tokens, half in columns.
+    """Cross-shaped attention (section 2.2, Figure 2): half of the channels in rows of tokens, half in columns.
 
     A stripe is `width` rows (columns) of the map. The published code pads the map to whole stripes and masks the
     padding; here the last stripe is narrower, which is the same.
@@ -128,7 +128,7 @@ class CrossAttention(nn.Module):
 
 
 class DiverseShortcut(nn.Module):
-    """Diversity-enhanced shortcut (section 3.2): a token as a matrix, multiplied from both sides.
+    """Diversity-enhanced shortcut (section 2.2): a token as a matrix, multiplied from both sides.
 
     The paper has no biases and a Hardswish; the published code biases and a GELU.
     """
@@ -147,7 +147,7 @@ class DiverseShortcut(nn.Module):
 
 
 class MixFeedForward(nn.Module):
-    """MixCFN (section 3.2): between two linear layers half of the channels go through 3x3, half through 5x5."""
+    """MixCFN (section 2.2, Figure 3): half of the hidden channels go through 3x3, half through 5x5."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -165,7 +165,7 @@ class MixFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """HRViT block (Figure 2): attention beside the shortcut, then the feed-forward network."""
+    """HRViT block (section 2.2): attention beside the shortcut, then the feed-forward network."""
 
     def __init__(self, dim: int, width: int, mlp_ratio: int, head_dim: int, drop_path: float):
         super().__init__()
@@ -183,7 +183,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Efficient patch embedding (section 3.2): point-wise and depth-wise convolution, LayerNorm."""
+    """Efficient patch embedding (section 2.2): point-wise and depth-wise convolution, LayerNorm."""
 
     def __init__(self, dim: int, out: int):
         super().__init__()
@@ -252,7 +252,7 @@ def upsample_cropped(x: Tensor, factor: int, size: Size) -> Tensor:
 
 
 class HRViT(Backbone):
-    """HRViT image classifier with four maps at strides 4, 8, 16 and 32 (section 3, Figure 1).
+    """HRViT image classifier with four maps at strides 4, 8, 16 and 32 (section 2, Figure 1).
 
     Any image size from 32 pixels works: the branches have ceil(side / stride) rows and columns. The features before
     pooling are the map (B, head_features, ceil(H / 32), ceil(W / 32)) of the HRNetV2 head.

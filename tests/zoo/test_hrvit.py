@@ -1,4 +1,4 @@
-"""HRViT against the published implementation."""
+"""HRViT against the published implementation, and its parts written out."""
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_macs_are_the_published_ones_less_the_padding(name, published, blocks):
 
 @pytest.mark.parametrize("size", [(4, 6), (7, 5), (2, 9)])
 def test_attention_written_out(size):
-    """Every token sees those of its stripe alone: rows for half of the channels, columns for the other."""
+    """Tokens see their stripe alone, as the published mask has it: rows for half of the channels, then columns."""
     dim, heads, width = 8, 2, 3
     module = CrossAttention(dim, heads, width).double().eval()
     w = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in module.state_dict().items()}
