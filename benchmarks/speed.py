@@ -153,7 +153,7 @@ def measure(
         if steps:
             steps[0]()
             train_peak_memory = resident + _peak_allocated(steps[0], device)
-            saved_bytes = _saved_bytes(model, images)
+            saved_bytes = count_saved_bytes(model, images)
         with _foreign_load() as load:
             forward = rounds.sample(forwards, device)
             step = rounds.sample(steps, device) if steps else []
@@ -173,6 +173,22 @@ def measure(
         foreign_load=load[0],
         notes=notes,
     )
+
+
+def count_saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
+    """Bytes that autograd keeps of one forward for the backward: storages counted once, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        _loss(model, images)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def hardware() -> dict[str, Any]:
@@ -262,21 +278,6 @@ def _train_step(model: nn.Module, images: torch.Tensor) -> None:
     _loss(model, images).backward()
     for parameter in model.parameters():
         parameter.grad = None
-
-
-def _saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        _loss(model, images)
-    return sum(storage.nbytes() for storage in saved.values())
 
 
 def _peak_allocated(call: Callable[[], None], device: torch.device) -> int:

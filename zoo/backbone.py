@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from zoo.errors import ZooError, near_matches
@@ -27,14 +27,20 @@ _logger = logging.getLogger(__name__)
 class Backbone(nn.Module):
     """Base class: an image classifier whose intermediate maps can be taken, with timm's meaning of each name.
 
-    A family defines `num_maps` and sets `num_classes`, `num_features` (channels of the features before the head),
-    `head_hidden_size`, `head` and `feature_info`: one entry per map that can be taken, from high to low resolution,
-    each a dict with ``num_chs`` (channels), ``reduction`` (stride in pixels) and ``module`` (the module that makes it).
+    A family names itself and defines `num_maps` and `_run`; where its ends differ, `forward_head`, `_new_head`,
+    `_drop_head`. It sets `num_features` (channels of the features before the head), `head_hidden_size`, `head_drop`,
+    `head`, `num_classes`, `global_pool` (the last three by `reset_classifier`) and `feature_info`: one entry per map
+    that can be taken, from high to low resolution, each a dict with ``num_chs`` (channels), ``reduction`` (stride in
+    pixels) and ``module`` (the module that makes it).
     """
+
+    family: str  # display name, for messages
+    maps_are_normed = True  # whether a norm ends every map; if not, ``norm=True`` is refused
 
     num_classes: int
     num_features: int
     head_hidden_size: int
+    global_pool: str = "avg"
     feature_info: list[dict]
     grad_checkpointing: bool = False
 
@@ -43,13 +49,30 @@ class Backbone(nn.Module):
         """How many maps the `feature_info` of a model of the config `cfg` will describe, known before it is built."""
         raise NotImplementedError
 
-    def forward_features(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Images (B, 3, H, W) -> the unpooled features that `forward_head` takes (the last map, unless stated)."""
+    def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
+        """Images -> the features and the maps `take` of `feature_info`, NCHW.
+
+        Without `whole` nothing is run that those maps do not need, and the features are the last of what was.
+        """
         raise NotImplementedError
 
-    def forward_head(self, x: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
-        """Features -> logits (B, num_classes); with `pre_logits` the pooled features (B, head_hidden_size)."""
+    def _keep(self, take: Sequence[int]) -> bool:
+        """Remove what the maps `take` do not need; returns whether the features are others now."""
         raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the unpooled features that `forward_head` takes; see the family's class."""
+        check_images(self.family, x)
+        return self._run(x, (), True)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, C, h, w) -> logits (B, num_classes): mean over the positions, dropout, classifier.
+
+        With `pre_logits` the pooled features (B, head_hidden_size).
+        """
+        if self.global_pool:
+            x = self.head_drop(x.mean((2, 3)))
+        return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, num_classes), or pooled features where the classifier was removed."""
@@ -63,30 +86,60 @@ class Backbone(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor | list[Tensor], list[Tensor]]:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Images (B, 3, H, W) -> the maps of `feature_info`, from high to low resolution.
 
         Args:
             x: images; any size from 32 pixels, multiples of the stride or not.
             indices: which entries of `feature_info`: all (None), the last n (an int), or a sequence.
-            norm: apply the model's final norm to the maps (a family that has none refuses).
+            norm: apply the model's final norm to the maps (no effect where they have it already; a family that has
+                none refuses).
             stop_early: do not run what comes after the last map wanted.
             output_fmt: ``NCHW`` or ``NHWC``.
             intermediates_only: return the list of maps alone, not ``(forward_features(x), maps)``.
 
         The map of an (H, W) image at stride s has ceil(H / s) rows and ceil(W / s) columns, unless the family says so.
+
+        Raises:
+            ZooError: `norm` where the family has none, an unknown format, maps that were pruned, no batch of images.
         """
-        raise NotImplementedError
+        if norm and not self.maps_are_normed:
+            raise ZooError(f"{self.family} has no norm to apply to its maps: norm=True cannot be had")
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
+        check_images(self.family, x)
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        features, maps = self._run(x, take, whole=not (stop_early or intermediates_only))
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        return maps if intermediates_only else (features, maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the maps of `indices` do not need; returns the indices counted from the front."""
-        raise NotImplementedError
+        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        if self._keep(take) or prune_head:
+            self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
+            self._drop_head()
+        return take
+
+    def _drop_head(self) -> None:
+        self.reset_classifier(0)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for `num_classes`; 0 removes it, `forward` then returns features."""
-        raise NotImplementedError
+        """Replace the classifier by a new one for `num_classes`; 0 removes it, `forward` then returns features.
+
+        Raises ZooError for another `global_pool` than ``avg`` or, without a classifier, none (an empty string).
+        """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_pool(self.family, global_pool, num_classes)
+        self.num_classes, self.global_pool = num_classes, global_pool
+        weight = next(self.parameters())
+        self.head = self._new_head(device=weight.device, dtype=weight.dtype) if num_classes > 0 else nn.Identity()
+
+    def _new_head(self, **factory: Any) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes, **factory)
 
     def get_classifier(self) -> nn.Module:
         """The last layer of the head (`nn.Identity` after ``reset_classifier(0)``)."""

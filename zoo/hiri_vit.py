@@ -9,6 +9,7 @@ resolution, and one that first halves the resolution and then does the work. Map
 (channels_last), so that convolutions, per-position linear layers, attention and norms take them as they are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import Attention
-from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
+from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.recompute import checkpoint_block, recompute
 
@@ -271,7 +271,10 @@ class HiriViT(Backbone):
 
     Any image size works as it is: every operation of stride 2 gives ceil(side / 2) positions. The classifier is a
     two-layer head; `reset_classifier` replaces its last layer, and with 0 classes removes both.
+    The features before pooling are the last map, (B, C_5, h, w) with h = ceil(H / 64) (224 form: H / 32).
     """
+
+    family = "HIRI-ViT"
 
     def __init__(
         self,
@@ -300,76 +303,39 @@ class HiriViT(Backbone):
     def num_maps(cfg: HiriViTConfig) -> int:
         return 5
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the last map, normalised: (B, C_5, h, w), h = ceil(H / 64) (224 form: H / 32)."""
-        return self._forward(x, len(self.stages) - 1)[-1]
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the map, then the two-layer head: (B, C_5, h, w) -> (B, num_classes)."""
         if self.global_pool:
             x = x.mean((2, 3))
         return x if pre_logits else self.head(x)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """See `Backbone.forward_intermediates`; strides 4 to 64. All are normalised already (`norm` or not)."""
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        outputs = self._forward(x, deepest if stop_early or intermediates_only else len(self.stages) - 1)
-        maps = [outputs[index] for index in take]
-        if output_fmt == "NHWC":
-            maps = [m.permute(0, 2, 3, 1) for m in maps]
-        return maps if intermediates_only else (outputs[-1], maps)
-
-    def _forward(self, images: Tensor, last: int) -> list[Tensor]:
-        """The maps of the stages up to `last`."""
-        check_images("HIRI-ViT", images)
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+    def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         maps = []
-        for stage in self.stages[: last + 1]:
+        for stage in self.stages if whole else self.stages[: max(take) + 1]:
             x = stage.downsample(x)
             for block in stage.blocks:
                 x = checkpoint_block(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
             x = stage.norm(x)
             maps.append(x)
-        return maps
+        return x, [maps[index] for index in take]
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
-        shortened = deepest < len(self.stages) - 1
-        self.stages = self.stages[: deepest + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0)
-        return take
+    def _keep(self, take: Sequence[int]) -> bool:
+        shortened = max(take) < len(self.stages) - 1
+        self.stages = self.stages[: max(take) + 1]
+        return shortened
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc2 if isinstance(self.head, Head) else self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        global_pool = self.global_pool if global_pool is None else global_pool
-        check_pool("HIRI-ViT", global_pool, num_classes)
-        self.num_classes, self.global_pool = num_classes, global_pool
-        weight = self.stem.trunk[0].weight
-        factory = {"device": weight.device, "dtype": weight.dtype}
-        if num_classes == 0:
-            self.head = nn.Identity()
-        elif isinstance(self.head, Head):
-            self.head.fc2 = nn.Linear(self.head.fc2.in_features, num_classes, **factory)
-            init_weights(self.head.fc2)
+    def _new_head(self, **factory: Any) -> nn.Module:
+        if isinstance(self.head, Head):
+            new = self.head.fc2 = nn.Linear(self.head.fc2.in_features, self.num_classes, **factory)
         else:
-            self.head = Head(self.num_features, self.config.head_ratio, num_classes, self.drop_rate, **factory)
-            self.head.apply(init_weights)
+            ratio = self.config.head_ratio
+            new = self.head = Head(self.num_features, ratio, self.num_classes, self.drop_rate, **factory)
+        new.apply(init_weights)
+        return self.head
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         stage = r"^(?:.*\.)?stages\.(\d+)\."

@@ -9,7 +9,7 @@ tensor, (B, patches, positions inside the patch, channels): masked image modelin
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import Attention
-from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
+from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.recompute import recompute
 from zoo.relative_position import Grid, resize_table
@@ -159,6 +158,8 @@ class HiViT(Backbone):
     `position_grid` is the grid of tokens that the absolute position embedding is stored for.
     """
 
+    family = "HiViT"
+    maps_are_normed = False
     dense = False
 
     def __init__(
@@ -171,7 +172,6 @@ class HiViT(Backbone):
     ):
         super().__init__()
         self.config = cfg
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dim = cfg.embed_dim
         self.table_grid: Grid = tuple(-(-side // PATCH) for side in check_size(cfg.img_size))
         self.position_grid = DENSE_POSITION_GRID if self.dense else self.table_grid
@@ -209,10 +209,8 @@ class HiViT(Backbone):
 
         self.fc_norm = layer_norm(dim)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
-        check_pool("HiViT", global_pool, num_classes)
-        self.global_pool = global_pool
         self.apply(init_weights)
+        self.reset_classifier(num_classes, global_pool)
         if self.absolute_pos_embed is not None:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
         if self.dense:
@@ -224,41 +222,19 @@ class HiViT(Backbone):
     def num_maps(cfg: HiViTConfig) -> int:
         return 4 if cfg.published_taps else 3
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the main stage's map (B, C, ceil(H / 16), ceil(W / 16)); no norm follows it."""
-        return self._forward(x, (), len(self.blocks) - 1)[0]
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the tokens, LayerNorm, Linear: (B, C, h, w) -> (B, num_classes)."""
         if self.global_pool:
             x = self.head_drop(self.fc_norm(x.mean((2, 3))))
         return x if pre_logits else self.head(x)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """See `Backbone.forward_intermediates`; maps at strides 4, 8, 16 (`published_taps`: and 32, rounded down)."""
-        if norm:
-            raise ZooError("HiViT has no norm before its pooling: norm=True cannot be applied to its maps")
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
-        take, deepest = feature_take_indices(len(self.taps), indices)
-        last = self.taps[deepest] if stop_early or intermediates_only else len(self.blocks) - 1
-        x, maps = self._forward(x, [self.taps[index] for index in take], last)
-        maps = [F.max_pool2d(m, 2) if index == 3 else m for index, m in zip(take, maps, strict=True)]
-        if output_fmt == "NHWC":
-            maps = [m.permute(0, 2, 3, 1) for m in maps]
-        return maps if intermediates_only else (x, maps)
+    def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
+        last = len(self.blocks) - 1 if whole else self.taps[max(take)]
+        features, maps = self._forward(x, [self.taps[index] for index in take], last)
+        return features, [F.max_pool2d(m, 2) if index == 3 else m for index, m in zip(take, maps, strict=True)]
 
     def _forward(self, images: Tensor, taps: list[int] | tuple[int, ...], last: int) -> tuple[Tensor, list[Tensor]]:
         """Run up to block `last`; returns its map and the maps after the blocks `taps`, all NCHW."""
-        check_images("HiViT", images)
         height, width = images.shape[-2:]
         if height % PATCH or width % PATCH:
             images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
@@ -298,31 +274,22 @@ class HiViT(Backbone):
         embedding = self.absolute_pos_embed
         return embedding if embedding is None else resize_position(embedding, self.position_grid, grid)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        take, deepest = feature_take_indices(len(self.taps), indices)
-        last = self.taps[deepest]
+    def _keep(self, take: Sequence[int]) -> bool:
+        last = self.taps[max(take)]
         shortened = last < len(self.blocks) - 1
         self.blocks = self.blocks[: last + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
         if last < self.main_start:
             self.absolute_pos_embed = None
-        if prune_head or shortened:
-            self.fc_norm = nn.Identity()
-            self.reset_classifier(0)
-        return take
+        return shortened
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        global_pool = self.global_pool if global_pool is None else global_pool
-        check_pool("HiViT", global_pool, num_classes)
-        self.num_classes, self.global_pool = num_classes, global_pool
-        weight = self.patch_embed.proj.weight
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-            init_weights(self.head)
+    def _drop_head(self) -> None:
+        self.fc_norm = nn.Identity()
+        super()._drop_head()
+
+    def _new_head(self, **factory: Any) -> nn.Module:
+        head = super()._new_head(**factory)
+        init_weights(head)
+        return head
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(("absolute_pos_embed", RELATIVE_TABLE))}

@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import Attention
-from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
+from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.multi_resolution import (
+    STRIDES,
     Bottleneck,
     ClassificationHead,
     Fusion,
+    MultiResolution,
     Stem,
     conv_norm,
     cut_windows,
@@ -37,7 +38,6 @@ from zoo.recompute import checkpoint_block, recompute
 from zoo.relative_position import resize_table
 
 STEM_WIDTH = 64  # channels of the stem and width of the first stage's bottlenecks (Table 1)
-STRIDES = (4, 8, 16, 32)
 RELATIVE_TABLE = "relative_position_bias_table"
 BIAS_CACHE_BYTES = 64 * 2**20  # per block: an expanded bias kept for inference, 3.2 MB for 16 heads and windows of 15
 
@@ -192,13 +192,16 @@ def transition(dim: int, out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(*conv_norm(dim, out, 3, stride=stride), nn.ReLU())
 
 
-class HRFormer(Backbone):
+class HRFormer(MultiResolution):
     """HRFormer image classifier with four maps at strides 4, 8, 16 and 32 (section 3, Figure 2).
 
     Any image size from 32 pixels works: the branches have ceil(side / stride) rows and columns, windows are padded
     (see `WindowAttention`), and fusion resamples to the exact size. The features before pooling are the map
     (B, head_features, ceil(H / 32), ceil(W / 32)) of the HRNetV2 head.
     """
+
+    family = "HRFormer"
+    maps_are_normed = False
 
     def __init__(
         self,
@@ -210,7 +213,6 @@ class HRFormer(Backbone):
     ):
         super().__init__()
         self.config = cfg
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.head_features
         self.stem = Stem(in_chans, STEM_WIDTH, STEM_WIDTH)
         wide = STEM_WIDTH * Bottleneck.expansion
@@ -236,55 +238,11 @@ class HRFormer(Backbone):
             {"num_chs": channels, "reduction": stride, "module": f"{last}.{i}"}
             for i, (channels, stride) in enumerate(zip(c, STRIDES, strict=True))
         ]
-        self.maps = tuple(range(len(STRIDES)))  # that are there: pruning leaves fewer
-        self.neck: nn.Module | None = ClassificationHead(c, cfg.head_widths, cfg.head_features, depthwise=True)
-        check_pool("HRFormer", global_pool, num_classes)
-        self.global_pool = global_pool
+        self.neck = ClassificationHead(c, cfg.head_widths, cfg.head_features, depthwise=True)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(cfg.head_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
 
-    @staticmethod
-    def num_maps(cfg: HRFormerConfig) -> int:
-        return len(STRIDES)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the head's map (B, head_features, ceil(H / 32), ceil(W / 32)).
-
-        Where the head was pruned, the map of the lowest resolution that is left.
-        """
-        return self._join(self._forward(x, self.maps))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the positions, Linear: (B, C, h, w) -> (B, num_classes)."""
-        if self.global_pool:
-            x = self.head_drop(x.mean((2, 3)))
-        return x if pre_logits else self.head(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """See `Backbone.forward_intermediates`; all maps come from the last module, which makes those wanted only."""
-        if norm:
-            raise ZooError("HRFormer has no norm after its fusion: norm=True cannot be applied to its maps")
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
-        take, _ = feature_take_indices(len(STRIDES), indices)
-        if missing := set(take) - set(self.maps):
-            raise ZooError(f"HRFormer: the maps {sorted(missing)} were pruned; left are {self.maps}")
-        made = tuple(take) if intermediates_only else self.maps
-        maps = dict(zip(made, self._forward(x, made), strict=True))
-        taken = [maps[index].permute(0, 2, 3, 1) if output_fmt == "NHWC" else maps[index] for index in take]
-        return taken if intermediates_only else (self._join(list(maps.values())), taken)
-
-    def _forward(self, x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
-        """Images -> the maps `outputs` of the last module, channels-last in memory."""
-        check_images("HRFormer", x)
+    def _make(self, x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
         x = self.layer1(self.stem(x))
         maps = [branch(x) for branch in self.transition1]
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
@@ -298,30 +256,9 @@ class HRFormer(Backbone):
             maps = module(maps, checkpointing=checkpointing)
         return self.stage4[-1](maps, outputs, checkpointing)
 
-    def _join(self, maps: list[Tensor]) -> Tensor:
-        return maps[-1] if self.neck is None else self.neck(maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        take, _ = feature_take_indices(len(STRIDES), indices)
-        shortened = set(take) != set(self.maps)
-        self.maps = tuple(sorted(take))
-        self.stage4[-1].fuse_layers.keep(self.maps)
-        if prune_head or shortened:
-            self.neck = None
-            self.num_features = self.head_hidden_size = self.config.channels[self.maps[-1]]
-            self.reset_classifier(0)
-        return take
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        global_pool = self.global_pool if global_pool is None else global_pool
-        check_pool("HRFormer", global_pool, num_classes)
-        self.num_classes, self.global_pool = num_classes, global_pool
-        weight = self.stem.conv1.weight
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+    def _keep(self, take: Sequence[int]) -> bool:
+        self.stage4[-1].fuse_layers.keep(take)
+        return super()._keep(take)
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(RELATIVE_TABLE)}

@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
+from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.multi_resolution import ClassificationHead, Fusion, Size, Stem, conv_norm
+from zoo.lean import activated_linear, depthwise
+from zoo.multi_resolution import STRIDES, ClassificationHead, Fusion, MultiResolution, Size, Stem, conv_norm
 from zoo.recompute import checkpoint_block
 
+DENSE_SHORTCUT = 64  # channels: up to here a CPU multiplies whole tokens faster (measured)
 STEM_WIDTHS = (32, 64)  # channels of the stem's two convolutions, in all variants
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,16 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        q, v = self.qv(x).chunk(2, -1)
-        (q_rows, q_columns), (v_rows, v_columns) = q.chunk(2, -1), v.chunk(2, -1)
+        q_rows, q_columns, v_rows, v_columns = self.qv(x).chunk(4, -1)
         rows = self._attend(q_rows, v_rows)
         columns = self._attend(q_columns.transpose(1, 2), v_columns.transpose(1, 2)).transpose(1, 2)
-        local = self.local(F.hardswish(v).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        weights, biases = self.local.weight.chunk(2), self.local.bias.chunk(2)
+        mixed = []
+        for attended, v, weight, bias in zip((rows, columns), (v_rows, v_columns), weights, biases, strict=True):
+            local = depthwise(v.permute(0, 3, 1, 2), weight, bias, "hardswish").permute(0, 2, 3, 1)
+            mixed.append(local.add_(attended))
         # The paper has the Hardswish after the projection; the published code before it.
-        x = self.proj(F.hardswish(torch.cat([rows, columns], -1) + local))
+        x = activated_linear("hardswish", self.proj.weight, self.proj.bias, *mixed)
         return self.norm(x.flatten(0, 2)).view(x.shape)
 
     def _attend(self, q: Tensor, v: Tensor) -> Tensor:
@@ -142,8 +145,15 @@ class DiverseShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> the same."""
-        x = F.gelu(self.right(x.unflatten(-1, self.shape)))
-        return self.left(x.transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+        right, left = self.right, self.left
+        if not (x.is_cpu and x.shape[-1] <= DENSE_SHORTCUT):
+            x = right(x.unflatten(-1, self.shape)).transpose(-1, -2)
+            return activated_linear("gelu", left.weight, left.bias, x).transpose(-1, -2).flatten(-2)
+        # For a CPU these products are too small: one with each Kronecker product of theirs takes a fifth of the time.
+        rows, columns = self.shape
+        x = F.linear(x, torch.kron(torch.eye(rows).to(x), right.weight), right.bias.repeat(rows))
+        weight = torch.kron(left.weight, torch.eye(columns).to(x))
+        return activated_linear("gelu", weight, left.bias.repeat_interleave(columns), x)
 
 
 class MixFeedForward(nn.Module):
@@ -159,9 +169,13 @@ class MixFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        small, large = self.fc1(x).permute(0, 3, 1, 2).chunk(2, 1)
-        mixed = torch.cat([self.dw3x3(small), self.dw5x5(large)], 1)
-        return self.fc2(F.gelu(mixed).permute(0, 2, 3, 1))
+        convolved = []
+        for weight, bias, conv in zip(
+            self.fc1.weight.chunk(2), self.fc1.bias.chunk(2), (self.dw3x3, self.dw5x5), strict=True
+        ):
+            half = F.linear(x, weight, bias).permute(0, 3, 1, 2)
+            convolved.append(depthwise(half, conv.weight, conv.bias).permute(0, 2, 3, 1))
+        return activated_linear("gelu", self.fc2.weight, self.fc2.bias, *convolved)
 
 
 class Block(nn.Module):
@@ -178,8 +192,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        x = x + self.drop_path(self.attn(self.norm1(x)) + self.shortcut(x))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(self.attn(self.norm1(x)).add_(self.shortcut(x))) + x
+        return self.drop_path(self.mlp(self.norm2(x))) + x
 
 
 class PatchEmbed(nn.Module):
@@ -251,12 +265,14 @@ def upsample_cropped(x: Tensor, factor: int, size: Size) -> Tensor:
     return F.interpolate(x, scale_factor=factor, mode="nearest")[..., : size[0], : size[1]]
 
 
-class HRViT(Backbone):
+class HRViT(MultiResolution):
     """HRViT image classifier with four maps at strides 4, 8, 16 and 32 (section 2, Figure 1).
 
     Any image size from 32 pixels works: the branches have ceil(side / stride) rows and columns. The features before
     pooling are the map (B, head_features, ceil(H / 32), ceil(W / 32)) of the HRNetV2 head.
     """
+
+    family = "HRViT"
 
     def __init__(
         self,
@@ -268,7 +284,6 @@ class HRViT(Backbone):
     ):
         super().__init__()
         self.config = cfg
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = cfg.head_features
         self.stem = Stem(in_chans, *STEM_WIDTHS, bias=True)
         counts = [stage + 1 for stage, modules in enumerate(cfg.num_modules) for _ in range(modules)]  # of branches
@@ -282,14 +297,9 @@ class HRViT(Backbone):
             {"num_chs": channels, "reduction": stride, "module": f"features.{len(self.features) - 1}.norm.{i}"}
             for i, (channels, stride) in enumerate(zip(cfg.channels, STRIDES, strict=True))
         ]
-        self.maps = tuple(range(len(STRIDES)))  # that are there: pruning leaves fewer
-        self.neck: nn.Module | None = ClassificationHead(
-            cfg.channels, cfg.head_widths, cfg.head_features, depthwise=False
-        )
-        check_pool("HRViT", global_pool, num_classes)
-        self.global_pool = global_pool
+        self.neck = ClassificationHead(cfg.channels, cfg.head_widths, cfg.head_features, depthwise=False)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(cfg.head_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
         if cfg.dense_init:
             for linear in self.modules():
                 if isinstance(linear, nn.Linear):
@@ -297,46 +307,7 @@ class HRViT(Backbone):
                     nn.init.normal_(linear.weight, std=0.02)
                     nn.init.zeros_(linear.bias)
 
-    @staticmethod
-    def num_maps(cfg: HRViTConfig) -> int:
-        return len(STRIDES)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the head's map (B, head_features, ceil(H / 32), ceil(W / 32)).
-
-        Where the head was pruned, the map of the lowest resolution that is left.
-        """
-        return self._join(self._forward(x, self.maps))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the positions, Linear: (B, C, h, w) -> (B, num_classes)."""
-        if self.global_pool:
-            x = self.head_drop(x.mean((2, 3)))
-        return x if pre_logits else self.head(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """See `Backbone.forward_intermediates`; the maps, those wanted only, are the last module's, always normed."""
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
-        take, _ = feature_take_indices(len(STRIDES), indices)
-        if missing := set(take) - set(self.maps):
-            raise ZooError(f"HRViT: the maps {sorted(missing)} were pruned; left are {self.maps}")
-        made = tuple(take) if intermediates_only else self.maps
-        maps = dict(zip(made, self._forward(x, made), strict=True))
-        taken = [maps[index].permute(0, 2, 3, 1) if output_fmt == "NHWC" else maps[index] for index in take]
-        return taken if intermediates_only else (self._join(list(maps.values())), taken)
-
-    def _forward(self, x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
-        """Images -> the maps `outputs` of the last module, channels-last in memory."""
-        check_images("HRViT", x)
+    def _make(self, x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
         maps = [self.stem(x)]
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         for m in range(0, len(self.features), 2):
@@ -345,31 +316,10 @@ class HRViT(Backbone):
             maps = module(fuse(maps, wanted), wanted, checkpointing)
         return maps
 
-    def _join(self, maps: list[Tensor]) -> Tensor:
-        return maps[-1] if self.neck is None else self.neck(maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        take, _ = feature_take_indices(len(STRIDES), indices)
-        shortened = set(take) != set(self.maps)
-        self.maps = tuple(sorted(take))
+    def _keep(self, take: Sequence[int]) -> bool:
         for last in self.features[-2:]:
-            last.keep(self.maps)
-        if prune_head or shortened:
-            self.neck = None
-            self.num_features = self.head_hidden_size = self.config.channels[self.maps[-1]]
-            self.reset_classifier(0)
-        return take
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        global_pool = self.global_pool if global_pool is None else global_pool
-        check_pool("HRViT", global_pool, num_classes)
-        self.num_classes, self.global_pool = num_classes, global_pool
-        weight = self.stem.conv1.weight
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+            last.keep(take)
+        return super()._keep(take)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         if coarse:

@@ -7,12 +7,17 @@ same map is (B, H, W, C) for linear layers without a copy.
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.backbone import Backbone
+from zoo.errors import ZooError
+
 Size = tuple[int, int]
+STRIDES = (4, 8, 16, 32)  # of the branches
 
 
 def conv_norm(dim: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, bias: bool = False) -> list:
@@ -157,3 +162,38 @@ def join_windows(x: Tensor, window: int, size: Size) -> Tensor:
     x = x.reshape(-1, rows * window, columns * window, x.shape[-1])
     top, left = (rows * window - h) // 2, (columns * window - w) // 2
     return x[:, top : top + h, left : left + w]
+
+
+class MultiResolution(Backbone):
+    """Base of the families whose last module makes all the maps, and HRNetV2's head (`neck`) joins them.
+
+    The features before pooling are the neck's map (B, head_features, ceil(H / 32), ceil(W / 32)), or, where it was
+    pruned, the map of the lowest resolution that is left.
+    """
+
+    maps: tuple[int, ...] = (0, 1, 2, 3)  # that are there: pruning leaves fewer
+    neck: nn.Module | None
+
+    @staticmethod
+    def num_maps(cfg: Any) -> int:
+        return len(STRIDES)
+
+    def _make(self, x: Tensor, outputs: Sequence[int]) -> list[Tensor]:
+        """Images -> the maps `outputs` of the last module, channels-last in memory."""
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
+        if missing := set(take) - set(self.maps):
+            raise ZooError(f"{self.family}: the maps {sorted(missing)} were pruned; left are {self.maps}")
+        outputs = self.maps if whole else tuple(sorted(set(take)))
+        maps = dict(zip(outputs, self._make(x, outputs), strict=True))
+        features = maps[outputs[-1]] if self.neck is None or not whole else self.neck(list(maps.values()))
+        return features, [maps[index] for index in take]
+
+    def _keep(self, take: Sequence[int]) -> bool:
+        before, self.maps = self.maps, tuple(sorted(take))
+        return self.maps != before
+
+    def _drop_head(self) -> None:
+        self.neck = None
+        super()._drop_head()

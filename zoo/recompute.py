@@ -20,16 +20,21 @@ def recompute(
     move once, not twice. Without autograd, under `torch.compile` (whose partitioner decides this itself) and under
     `torch.func` transforms (which allow no saved-tensor hooks) it is a plain call.
     """
-    if (
-        not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if is_plain():
         return function(*args)
     context = {"context_fn": lambda: (contextlib.nullcontext(), _still(norms))} if norms else {}
     return checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **context
+    )
+
+
+def is_plain() -> bool:
+    """Whether tricks with autograd are needless (it is off), left to a compiler, or not possible (`torch.func`)."""
+    return (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
     )
 
 

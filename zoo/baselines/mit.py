@@ -4,16 +4,16 @@ Paper: https://arxiv.org/abs/2105.15203 (Table 6 of its appendix). mmsegmentatio
 with the zoo. Its module reads values while it is built, so it is built on the CPU and then moved.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.backbone import Backbone, build, check_fields, check_images, check_pool, check_size, pretrained_cfg
+from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
 
 HEADS = (1, 2, 5, 8)  # per stage; a stage is embed_dim * heads wide
@@ -42,7 +42,12 @@ class MiTConfig:
 
 
 class MiT(Backbone):
-    """`backbone` is mmsegmentation's MixVisionTransformer; the head is a mean over the last map and a Linear."""
+    """`backbone` is mmsegmentation's MixVisionTransformer; the head is a mean over the last map and a Linear.
+
+    The features before pooling are that map, (B, 8 * embed_dim, ceil(H / 32), ceil(W / 32)); all maps are normed.
+    """
+
+    family = "MiT"
 
     def __init__(
         self,
@@ -79,59 +84,22 @@ class MiT(Backbone):
     def num_maps(cfg: MiTConfig) -> int:
         return 4
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the last map (B, 8 * embed_dim, ceil(H / 32), ceil(W / 32))."""
-        check_images("MiT", x)
-        return self.backbone(x)[-1]
+    def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
+        maps = self.backbone(x)  # no further than it was pruned
+        return maps[-1], [maps[index] for index in take]
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the map, Linear: (B, C, h, w) -> (B, num_classes)."""
-        if self.global_pool:
-            x = self.head_drop(x.mean((2, 3)))
-        return x if pre_logits else self.head(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """See `Backbone.forward_intermediates`; strides 4, 8, 16, 32. All are normalised already (`norm` or not)."""
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
-        take, _ = feature_take_indices(len(self.feature_info), indices)
-        check_images("MiT", x)
-        outputs = self.backbone(x)
-        maps = [outputs[index] for index in take]
-        if output_fmt == "NHWC":
-            maps = [m.permute(0, 2, 3, 1) for m in maps]
-        return maps if intermediates_only else (outputs[-1], maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
+    def _keep(self, take: Sequence[int]) -> bool:
+        deepest = max(take)
         shortened = deepest < len(self.backbone.layers) - 1
         self.backbone.layers = self.backbone.layers[: deepest + 1]
         self.backbone.out_indices = tuple(range(deepest + 1))
-        self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0)
-        return take
+        return shortened
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        global_pool = self.global_pool if global_pool is None else global_pool
-        check_pool("MiT", global_pool, num_classes)
-        self.num_classes, self.global_pool = num_classes, global_pool
-        weight = self.backbone.layers[0][0].projection.weight
-        self.head = nn.Identity()
-        if num_classes > 0:
-            self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+    def _new_head(self, **factory: Any) -> nn.Module:
+        head = super()._new_head(**factory)
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
