@@ -86,11 +86,13 @@ class _Depthwise(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         hidden = x if ctx.activation is None else ACTIVATIONS[ctx.activation][0](x)
         hidden, kernel = hidden.to(grad.dtype), weight.to(grad.dtype)
-        slow = needs_weight and grad.is_cpu and kernel.shape[-1] == 5
-        mask = [needs_x, needs_weight and not slow, needs_bias and ctx.has_bias]
-        x_grad, weight_grad, bias_grad = _convolution_backward(grad, hidden, kernel, kernel.shape[-1] // 2, mask)
-        if slow:
+        mask = [needs_x, needs_weight, needs_bias and ctx.has_bias]
+        if grad.is_cpu and kernel.shape[-1] == 5 and needs_weight:
+            x_grad = _convolution_backward(grad, hidden, kernel, 2, [needs_x, False, False])[0]
             weight_grad = _weight_grad_5x5(grad, hidden, kernel)
+            bias_grad = grad.sum((0, 2, 3)) if mask[2] else None
+        else:
+            x_grad, weight_grad, bias_grad = _convolution_backward(grad, hidden, kernel, kernel.shape[-1] // 2, mask)
         if needs_x and ctx.activation is not None:
             x_grad = ACTIVATIONS[ctx.activation][1](x_grad.to(x.dtype), x)
         grads = (x_grad, x.dtype), (weight_grad, weight.dtype), (bias_grad, weight.dtype)
