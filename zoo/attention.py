@@ -33,32 +33,32 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """Tokens (B, N, C), rows of the `grid` that the bias refers to, -> (B, N, C)."""
         b, n, c = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads)
-        table = self.relative_position_bias_table
-        if self._fuse(x):
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head width)
-            bias = None if table is None else self._bias(table, grid, q.dtype)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None])
-            x = x.transpose(1, 2).reshape(b, n, c)
-        elif n >= RECOMPUTE_MIN_TOKENS:  # autograd would keep the attention maps
-            x = recompute(lambda qkv: self._explicit(qkv, grid), qkv)
-        else:
-            x = self._explicit(qkv, grid)
-        return self.proj(x)
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        return self.proj(self.attend(qkv, grid).transpose(1, 2).reshape(b, n, c))
 
-    def _fuse(self, x: Tensor) -> bool:
+    def attend(self, qkv: Tensor, grid: Grid | None = None) -> Tensor:
+        """Queries, keys and values (3, B, heads, N, head width) -> (B, heads, N, head width)."""
+        if self._fuse(qkv):
+            q, k, v = qkv.unbind(0)
+            table = self.relative_position_bias_table
+            bias = None if table is None else self._bias(table, grid, q.dtype)[None]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if qkv.shape[3] >= RECOMPUTE_MIN_TOKENS:  # autograd would keep the attention maps
+            return recompute(lambda qkv: self._explicit(qkv, grid), qkv)
+        return self._explicit(qkv, grid)
+
+    def _fuse(self, qkv: Tensor) -> bool:
         """Whether torch's fused kernel wins; on a CPU it has no backward pass for the bias and needs many tokens."""
         table = self.relative_position_bias_table
         trains_bias = table is not None and table.requires_grad and torch.is_grad_enabled()
-        return use_fused_attn() and (not x.is_cpu or (x.shape[1] >= FUSED_MIN_TOKENS and not trains_bias))
+        return use_fused_attn() and (not qkv.is_cpu or (qkv.shape[3] >= FUSED_MIN_TOKENS and not trains_bias))
 
     def _explicit(self, qkv: Tensor, grid: Grid | None) -> Tensor:
-        b, n, _, heads, width = qkv.shape
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.unbind(0)
         logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
         if self.relative_position_bias_table is not None:
-            logits = logits + self._bias(self.relative_position_bias_table, grid, logits.dtype)
-        return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(b, n, heads * width)
+            logits.add_(self._bias(self.relative_position_bias_table, grid, logits.dtype))
+        return logits.softmax(-1).to(v.dtype) @ v
 
     def _bias(self, table: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
         def expand() -> Tensor:

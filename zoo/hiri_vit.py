@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
+from zoo.lean import activated_linear
 from zoo.recompute import checkpoint_block, recompute
 
 
@@ -119,12 +120,9 @@ class HRBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.norm(self.down(x)).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, ceil(H / 2), ceil(W / 2), C)
-        low = recompute(self._second_half, self.fc1(low)).permute(0, 3, 1, 2)
+        low = activated_linear("gelu", self.fc2.weight, self.fc2.bias, self.fc1(low)).permute(0, 3, 1, 2)
         low = F.interpolate(low, scale_factor=2.0, mode="nearest")[..., : x.shape[2], : x.shape[3]]
         return x + self.drop_path(self.high(x) + low)
-
-    def _second_half(self, hidden: Tensor) -> Tensor:
-        return self.fc2(F.gelu(hidden))
 
 
 class CFFN(nn.Module):

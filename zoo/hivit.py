@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.recompute import recompute
+from zoo.lean import activated_linear
 from zoo.relative_position import Grid, resize_table
 
 PATCH = 16  # pixels: side of the patch that becomes one token of the main stage
@@ -102,10 +102,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(dim * ratio), dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recompute(self._second_half, self.fc1(x))
-
-    def _second_half(self, hidden: Tensor) -> Tensor:
-        return self.fc2(F.gelu(hidden))
+        return activated_linear("gelu", self.fc2.weight, self.fc2.bias, self.fc1(x))
 
 
 class MlpUnit(nn.Module):

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from zoo.attention import Attention
 from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
+from zoo.lean import activated_linear, can_fold, depthwise, fold
 from zoo.multi_resolution import (
     STRIDES,
     Bottleneck,
     ClassificationHead,
     Fusion,
     MultiResolution,
+    Normed,
     Stem,
     conv_norm,
-    cut_windows,
-    join_windows,
     upsample_bilinear,
     upsample_nearest,
 )
@@ -84,8 +84,8 @@ class HRFormerConfig:
 class WindowAttention(nn.Module):
     """Local-window self-attention with a relative position bias (section 3), no shift.
 
-    Padding (see `cut_windows`) comes after the norm and is not masked, as published: padded tokens are keys that hold
-    the projection's bias.
+    Sides that the window does not divide are zero-padded after the norm. The padding is not masked, as published:
+    padded tokens are keys that hold the projection's bias.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int):
@@ -97,15 +97,28 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        windows = self.attn(cut_windows(x, self.window), (self.window, self.window))
-        return join_windows(windows, self.window, x.shape[1:3])
+        window, heads = self.window, self.attn.num_heads
+        b, h, w, c = x.shape
+        rows, columns = -h % window, -w % window  # of padding, half before (rounded down) and half after
+        top, left = rows // 2, columns // 2
+        if rows or columns:
+            x = F.pad(x, (0, 0, left, columns - left, top, rows - top))
+        padded = x.shape[1:3]
+        grid = padded[0] // window, padded[1] // window  # of windows
+        # Projected as a map and cut into heads and windows at once: one copy in, one out.
+        qkv = self.attn.qkv(x).view(b, grid[0], window, grid[1], window, 3, heads, c // heads)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, window * window, c // heads)
+        x = self.attn.attend(qkv, (window, window)).view(b, *grid, heads, window, window, c // heads)
+        x = self.attn.proj(x.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, *padded, c))
+        return x[:, top : top + h, left : left + w]
 
 
 class ConvFeedForward(nn.Module):
     """Point-wise, depth-wise 3x3 and point-wise convolution (Figure 1).
 
     The paper shows these alone; the published code has a BatchNorm and a GELU after each, the last included. Autograd
-    keeps the convolutions' outputs; norms and GELUs are computed again in the backward pass.
+    keeps the convolutions' outputs; norms and GELUs are computed again in the backward pass. In evaluation mode the
+    norms are folded into the convolutions.
     """
 
     def __init__(self, dim: int, hidden: int, depthwise: bool = True):
@@ -118,6 +131,8 @@ class ConvFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, C, H, W) -> the same."""
+        if can_fold(self.fc1, self.norm1, x):
+            return self._folded(x)
         x, norm = self.fc1(x), self.norm1
         if self.depthwise:
             x, norm = recompute(self._middle, x, norms=[norm]), self.norm2
@@ -126,6 +141,14 @@ class ConvFeedForward(nn.Module):
 
     def _middle(self, x: Tensor) -> Tensor:
         return self.dw3x3(F.gelu(self.norm1(x)))
+
+    def _folded(self, x: Tensor) -> Tensor:
+        weight, bias = fold(self.fc1, self.norm1)
+        x = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
+        if self.depthwise:
+            x = depthwise(x.permute(0, 3, 1, 2), *fold(self.dw3x3, self.norm2), "gelu").permute(0, 2, 3, 1)
+        weight, bias = fold(self.fc2, self.norm3)
+        return F.gelu(activated_linear("gelu", weight.flatten(1), bias, x)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -141,9 +164,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = self.drop_path(self.attn(self.norm1(x))) + x
         mixed = self.mlp(self.norm2(x).permute(0, 3, 1, 2))
-        return x + self.drop_path(mixed).permute(0, 2, 3, 1)
+        return self.drop_path(mixed).permute(0, 2, 3, 1) + x
 
 
 class Module(nn.Module):
@@ -179,17 +202,17 @@ def fusion_path(channels: Sequence[int], source: int, target: int) -> nn.Module:
         return nn.Identity()
     dim, out = channels[source], channels[target]
     if source > target:
-        return nn.Sequential(*conv_norm(dim, out))
+        return Normed(*conv_norm(dim, out))
     steps = []
     for step in range(source + 1, target + 1):
         last = step == target
         layers = conv_norm(dim, dim, 3, stride=2, groups=dim) + conv_norm(dim, out if last else dim)
-        steps.append(nn.Sequential(*layers, *([] if last else [nn.ReLU()])))
+        steps.append(Normed(*layers, *([] if last else [nn.ReLU(inplace=True)])))
     return nn.Sequential(*steps)
 
 
 def transition(dim: int, out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(*conv_norm(dim, out, 3, stride=stride), nn.ReLU())
+    return Normed(*conv_norm(dim, out, 3, stride=stride), nn.ReLU(inplace=True))
 
 
 class HRFormer(MultiResolution):

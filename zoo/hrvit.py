@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.lean import activated_linear, depthwise
-from zoo.multi_resolution import STRIDES, ClassificationHead, Fusion, MultiResolution, Size, Stem, conv_norm
+from zoo.lean import activated_linear, can_fold, depthwise, fold
+from zoo.multi_resolution import STRIDES, ClassificationHead, Fusion, MultiResolution, Normed, Size, Stem, conv_norm
 from zoo.recompute import checkpoint_block
 
 DENSE_SHORTCUT = 64  # channels: up to here a CPU multiplies whole tokens faster (measured)
@@ -110,6 +110,8 @@ class CrossAttention(nn.Module):
             local = depthwise(v.permute(0, 3, 1, 2), weight, bias, "hardswish").permute(0, 2, 3, 1)
             mixed.append(local.add_(attended))
         # The paper has the Hardswish after the projection; the published code before it.
+        if can_fold(self.proj, self.norm, x):
+            return activated_linear("hardswish", *fold(self.proj, self.norm), *mixed)
         x = activated_linear("hardswish", self.proj.weight, self.proj.bias, *mixed)
         return self.norm(x.flatten(0, 2)).view(x.shape)
 
@@ -249,9 +251,9 @@ def fusion_path(channels: Sequence[int], source: int, target: int) -> nn.Module:
         return nn.Identity()
     dim, out = channels[source], channels[target]
     if source > target:
-        return nn.Sequential(*conv_norm(dim, out, bias=True))
+        return Normed(*conv_norm(dim, out, bias=True))
     stride = 2 ** (target - source)
-    return nn.Sequential(*conv_norm(dim, dim, stride + 1, stride, groups=dim), *conv_norm(dim, out, bias=True))
+    return Normed(*conv_norm(dim, dim, stride + 1, stride, groups=dim), *conv_norm(dim, out, bias=True))
 
 
 def fusion(channels: Sequence[int], sources: int, targets: int) -> Fusion:

@@ -1,15 +1,16 @@
-"""Activations fused into the linear layer or convolution that follows: autograd keeps their input, not their output.
+"""Activations and batch norms fused into the linear layer or convolution beside them: less time, less memory.
 
-Each is one `torch.autograd.Function`, which costs a fraction of a checkpoint's bookkeeping. The backward pass computes
-the activation again. Under `torch.compile`, tracing, `torch.func` transforms and without autograd they are the plain
-operators, which compilers fuse by themselves.
+Of an activation before a layer autograd keeps the input, not the output. Each is one `torch.autograd.Function`, which
+costs a fraction of a checkpoint's bookkeeping; the backward pass computes the activation again. Under `torch.compile`,
+tracing, `torch.func` transforms and without autograd they are the plain operators, which compilers fuse by themselves.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.recompute import is_plain
 
@@ -22,9 +23,11 @@ ACTIVATIONS = {  # the function and its backward, (gradient, input) -> gradient
 
 def activated_linear(activation: str, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
     """``linear(activation(cat(parts, -1)), weight, bias)`` without the concatenation, (..., C_i) -> (..., out)."""
+    shape = parts[0].shape[:-1]
+    parts = tuple(part.flatten(0, -2) for part in parts)
     if is_plain():
-        return _ActivatedLinear.compute(activation, weight, bias, parts)
-    return _ActivatedLinear.apply(activation, weight, bias, *parts)
+        return _ActivatedLinear.compute(activation, weight, bias, parts).unflatten(0, shape)
+    return _ActivatedLinear.apply(activation, weight, bias, *parts).unflatten(0, shape)
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -32,10 +35,10 @@ class _ActivatedLinear(torch.autograd.Function):
     def compute(activation: str, weight: Tensor, bias: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
         function = ACTIVATIONS[activation][0]
         first, *others = weight.split([part.shape[-1] for part in parts], 1)
-        total = F.linear(function(parts[0]).flatten(0, -2), first, bias)
+        total = F.linear(function(parts[0]), first, bias)
         for part, columns in zip(parts[1:], others, strict=True):
-            total = torch.addmm(total, function(part).flatten(0, -2), columns.t())
-        return total.unflatten(0, parts[0].shape[:-1])
+            total = torch.addmm(total, function(part), columns.t())
+        return total
 
     @staticmethod
     def forward(ctx: Any, activation: str, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
@@ -47,17 +50,16 @@ class _ActivatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         weight, *parts = ctx.saved_tensors
         function, function_backward = ACTIVATIONS[ctx.activation]
-        rows = grad.flatten(0, -2)
         columns = weight.to(grad.dtype).split([part.shape[-1] for part in parts], 1)  # under autocast they differ
         part_grads, weight_grads = [], []
         for index, (part, own) in enumerate(zip(parts, columns, strict=True)):
             if ctx.needs_input_grad[1]:
-                weight_grads.append(rows.t() @ function(part).flatten(0, -2).to(grad.dtype))
+                weight_grads.append(grad.t() @ function(part).to(grad.dtype))
             part_grads.append(None)
             if ctx.needs_input_grad[3 + index]:
                 part_grads[-1] = function_backward((grad @ own).to(part.dtype), part)
         weight_grad = torch.cat(weight_grads, 1).to(weight.dtype) if weight_grads else None
-        bias_grad = rows.sum(0).to(weight.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        bias_grad = grad.sum(0).to(weight.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return None, weight_grad, bias_grad, *part_grads
 
 
@@ -119,3 +121,32 @@ def _weight_grad_5x5(grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
         )
         rows.append(torch.cat([left, right[..., 1:]], 3))
     return torch.cat([rows[0], rows[1][:, :, 1:]], 2)
+
+
+def can_fold(conv: nn.Conv2d | nn.Linear, norm: nn.Module, x: Tensor) -> bool:
+    """Whether `norm` is one affine map per channel now, and better folded into `conv` than applied after it.
+
+    On meta tensors, which are there to be counted, it stands. Autograd would keep the folded weights, but not the
+    norm's input: where the map has fewer positions than a kernel has inputs, that is no gain.
+    """
+    if not isinstance(norm, _BatchNorm) or norm.training or not norm.track_running_stats or x.is_meta:
+        return False
+    positions = x.numel() // (conv.in_features if isinstance(conv, nn.Linear) else conv.in_channels)
+    return is_plain() or positions >= conv.weight[0].numel()
+
+
+def fold(conv: nn.Conv2d | nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the layer that is `conv` followed by `norm` in evaluation mode; differentiable."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    return conv.weight * scale.view(-1, *[1] * (conv.weight.ndim - 1)), torch.addcmul(norm.bias, mean, scale, value=-1)
+
+
+def normed_conv(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """``norm(conv(x))``, in one step where that can be; (B, C, H, W) -> (B, out, ceil(H / stride), ...)."""
+    if not can_fold(conv, norm, x):
+        return norm(conv(x))
+    weight, bias = fold(conv, norm)
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)

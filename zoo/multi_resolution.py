@@ -1,4 +1,4 @@
-"""What the multi-resolution families share: HRNet's stem, fusion and classification head, and windows of a map.
+"""What the multi-resolution families share: HRNet's stem, fusion and classification head.
 
 HRNet (Wang et al., 2020, https://arxiv.org/abs/1908.07919) keeps parallel branches at strides 4, 8, 16 and 32 and adds
 them into each other after every module. Maps are logically (B, C, H, W); their memory is channels-last, so that the
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo.backbone import Backbone
 from zoo.errors import ZooError
+from zoo.lean import normed_conv
 
 Size = tuple[int, int]
 STRIDES = (4, 8, 16, 32)  # of the branches
@@ -26,6 +27,17 @@ def conv_norm(dim: int, out: int, kernel: int = 1, stride: int = 1, groups: int 
     return [conv, nn.BatchNorm2d(out)]
 
 
+class Normed(nn.Sequential):
+    """A sequence in which a convolution and the BatchNorm after it are one step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `normed_conv`."""
+        layers = iter(self)
+        for layer in layers:
+            x = normed_conv(x, layer, next(layers)) if isinstance(layer, nn.Conv2d) else layer(x)
+        return x
+
+
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2, each with BatchNorm and ReLU: images -> maps at stride 4."""
 
@@ -35,8 +47,8 @@ class Stem(nn.Module):
         self.conv2, self.bn2 = conv_norm(dim, out, 3, stride=2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
-        return F.relu(self.bn2(self.conv2(x)))
+        x = normed_conv(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1).relu_()
+        return normed_conv(x, self.conv2, self.bn2).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -53,13 +65,13 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = conv_norm(dim, width)
         self.conv2, self.bn2 = conv_norm(width, width, 3, groups=width if depthwise else 1)
         self.conv3, self.bn3 = conv_norm(width, out)
-        self.downsample = nn.Sequential(*conv_norm(dim, out)) if project else nn.Identity()
+        self.downsample = Normed(*conv_norm(dim, out)) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+        x = normed_conv(x, self.conv1, self.bn1).relu_()
+        x = normed_conv(x, self.conv2, self.bn2).relu_()
+        return normed_conv(x, self.conv3, self.bn3).add_(shortcut).relu_()
 
 
 class Fusion(nn.ModuleList):
@@ -90,12 +102,14 @@ class Fusion(nn.ModuleList):
         return [self._fuse(i, branches) for i in (range(len(self)) if outputs is None else outputs)]
 
     def _fuse(self, i: int, branches: list[Tensor]) -> Tensor:
-        total = None
         for j, (path, branch) in enumerate(zip(self[i], branches, strict=True)):
             x = path(branch)
             if j > i:
                 x = self.upsample(x, 2 ** (j - i), tuple(branches[i].shape[-2:]))
-            total = x if total is None else total + x
+            if j == 0:
+                total = x
+            else:
+                total = total + x if total is branches[0] else total.add_(x)
         return self.activation(total)
 
 
@@ -130,8 +144,8 @@ class ClassificationHead(nn.Module):
                 strided = conv_norm(dim, dim, 3, stride=2, groups=dim, bias=True) + conv_norm(dim, lower, bias=True)
             else:
                 strided = conv_norm(dim, lower, 3, stride=2, bias=True)
-            self.downsamp_modules.append(nn.Sequential(*strided, nn.ReLU()))
-        self.final_layer = nn.Sequential(*conv_norm(wide[-1], out, bias=True), nn.ReLU())
+            self.downsamp_modules.append(Normed(*strided, nn.ReLU(inplace=True)))
+        self.final_layer = Normed(*conv_norm(wide[-1], out, bias=True), nn.ReLU(inplace=True))
 
     def forward(self, branches: list[Tensor]) -> Tensor:
         """Maps from high to low resolution -> one map (B, out, H, W) of the lowest."""
@@ -139,29 +153,6 @@ class ClassificationHead(nn.Module):
         for down, widen, branch in zip(self.downsamp_modules, self.incre_modules[1:], branches[1:], strict=True):
             x = widen(branch) + down(x)
         return self.final_layer(x)
-
-
-def cut_windows(x: Tensor, window: int) -> Tensor:
-    """A map (B, H, W, C) -> the rows of its windows (B * windows, window^2, C).
-
-    Sides that `window` does not divide are zero-padded, half before (rounded down) and half after.
-    """
-    b, h, w, c = x.shape
-    rows, columns = -h % window, -w % window  # of padding
-    if rows or columns:
-        x = F.pad(x, (0, 0, columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-    x = x.reshape(b, (h + rows) // window, window, (w + columns) // window, window, c)
-    return x.transpose(2, 3).reshape(-1, window * window, c)
-
-
-def join_windows(x: Tensor, window: int, size: Size) -> Tensor:
-    """Undo `cut_windows`: rows of windows -> the map (B, H, W, C) of `size` (H, W), without the padding."""
-    h, w = size
-    rows, columns = -(-h // window), -(-w // window)  # windows
-    x = x.reshape(-1, rows, columns, window, window, x.shape[-1]).transpose(2, 3)
-    x = x.reshape(-1, rows * window, columns * window, x.shape[-1])
-    top, left = (rows * window - h) // 2, (columns * window - w) // 2
-    return x[:, top : top + h, left : left + w]
 
 
 class MultiResolution(Backbone):

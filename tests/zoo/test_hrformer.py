@@ -10,7 +10,7 @@ from timm.layers import DropPath
 import zoo
 from benchmarks.cost import count
 from zoo.hrformer import WindowAttention
-from zoo.multi_resolution import cut_windows, join_windows, upsample_bilinear, upsample_nearest
+from zoo.multi_resolution import upsample_bilinear, upsample_nearest
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -180,18 +180,6 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
         elif "norm" in name or ".bn" in name:
             assert (p == name.endswith("weight")).all(), name
-
-
-@pytest.mark.parametrize("size", [(8, 8), (9, 10), (1, 5), (3, 4), (7, 6)])
-def test_windows_are_padded_around_the_centre_and_joined_again(size):
-    x = torch.rand(2, *size, 3)
-    windows = cut_windows(x, 4)
-    rows, columns = -(-size[0] // 4), -(-size[1] // 4)
-    assert windows.shape == (2 * rows * columns, 16, 3)
-    top, left = (-size[0] % 4) // 2, (-size[1] % 4) // 2
-    torch.testing.assert_close(windows[0, top * 4 + left], x[0, 0, 0])
-    assert not windows[0, : top * 4 + left].any()
-    torch.testing.assert_close(join_windows(windows, 4, size), x)
 
 
 @pytest.mark.parametrize("window", [3, 17])  # explicit and fused attention
