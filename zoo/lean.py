@@ -34,6 +34,8 @@ class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def compute(activation: str, weight: Tensor, bias: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
         function = ACTIVATIONS[activation][0]
+        if weight.is_meta:  # a count sees one layer
+            return F.linear(function(torch.cat(parts, -1)), weight, bias)
         first, *others = weight.split([part.shape[-1] for part in parts], 1)
         total = F.linear(function(parts[0]), first, bias)
         for part, columns in zip(parts[1:], others, strict=True):

@@ -4,6 +4,7 @@ A table for grids of h x w tokens has shape ((2h-1) * (2w-1), heads), row-major 
 Swin (Liu et al., 2021, equation 4). Every family that has such a table expands, resizes and caches it here.
 """
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def resize_table(table: Tensor, source: Grid, target: Grid) -> Tensor:
     """
     if source == target:
         return table
-    with torch.autocast(table.device.type, enabled=False):
+    with contextlib.nullcontext() if table.is_meta else torch.autocast(table.device.type, enabled=False):
         dtype = torch.promote_types(table.dtype, torch.float32)
         rows, columns = (_spline_tensor(s, t).to(table.device, dtype) for s, t in zip(source, target, strict=True))
         values = table.to(dtype).view(2 * source[0] - 1, 2 * source[1] - 1, -1)

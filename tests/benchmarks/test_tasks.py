@@ -17,7 +17,9 @@ from mmseg.models import EncoderDecoder, SegformerHead
 from mmseg.structures import SegDataSample
 from omegaconf import OmegaConf
 
+import zoo
 from benchmarks import classification, segmentation
+from benchmarks.cost import count
 from benchmarks.engine import Context
 from benchmarks.job import Job, Recipe
 from benchmarks.measure import measure
@@ -41,17 +43,43 @@ def scope():
 
 @pytest.mark.parametrize("job", [*jobs("demo"), *jobs("ade20k_segformer")], ids=lambda job: job.key)
 def test_every_job_of_every_suite_builds(job):
-    """Without weights where the model allows it; the maps fit the head, and the logits the classes."""
-    small = dataclasses.replace(job, input_size=(64, 64))
-    if job.task == "classification":
-        model = classification.build_model(small).eval()
-        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, job.num_classes)
-    else:
-        model = segmentation.build_model(small).eval()
-        assert isinstance(model, EncoderDecoder)
-        assert isinstance(model.decode_head, SegformerHead)
-        logits = model(torch.zeros(1, 3, 64, 64))
-        assert logits.shape == (1, job.num_classes, 16, 16)
+    """Without weights; the maps fit the head, and the logits the classes."""
+    small, images = dataclasses.replace(job, input_size=(64, 64)), torch.zeros(1, 3, 64, 64, device="meta")
+    with torch.device("meta"):
+        if job.task == "classification":
+            model = classification.build_model(small).eval()
+            assert model(images).shape == (1, job.num_classes)
+        else:
+            model = segmentation.build_model(small).eval()
+            assert isinstance(model, EncoderDecoder)
+            assert isinstance(model.decode_head, SegformerHead)
+            side = 64 // model.backbone.network.feature_info.reduction()[0]
+            assert model(images).shape == (1, job.num_classes, side, side)
+
+
+@pytest.mark.parametrize("suite", ["demo", "ade20k_segformer"])
+def test_every_suite_has_all_four_families(suite):
+    for task in {job.task for job in jobs(suite)}:
+        families = {zoo.family(job.model) for job in jobs(suite) if job.task == task}
+        assert families >= {"HRViT", "HRFormer", "HiViT", "HIRI-ViT"}
+
+
+@pytest.mark.parametrize(
+    ("label", "params", "head_gmacs"),
+    [
+        # Counts of the published backbones with mmsegmentation's head, 150 classes, 512 x 512: whole less backbone.
+        ("hrvit_b1", 8_183_118, 15.7611 - 10.5854),
+        ("hrvit_b2", 20_809_782, 30.1379 - 24.8237),
+        ("hrvit_b3", 28_724_494, 70.4488 - 28.3967),
+    ],
+)
+def test_hrvit_with_the_segformer_head_counts_as_published(label, params, head_gmacs):
+    (job,) = (job for job in jobs("ade20k_segformer") if job.label == label)
+    with torch.device("meta"):
+        model = segmentation.build_model(job)
+    whole, backbone = (count(part, (3, 512, 512)) for part in (model, model.backbone))
+    assert whole.params == params
+    assert (whole.macs - backbone.macs) / 1e9 == pytest.approx(head_gmacs, rel=1e-3)
 
 
 @pytest.mark.parametrize("job", jobs("ade20k_segformer", "evaluate"), ids=lambda job: job.label)
