@@ -371,44 +371,42 @@ def imagenet1k(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "top", "broken", "message"),
+    ("name", "layout", "broken", "message"),
     [
-        ("cityscapes", cityscapes, "cityscapes", "rm gtFine/train/*/*TrainIds.png", "2 images have no _gtFine_labelTr"),
+        ("cityscapes", cityscapes, "rm gtFine/train/*/*TrainIds.png", "2 images have no _gtFine_labelTr"),
         (
             "cityscapes",
             cityscapes,
-            "cityscapes",
             "rm -r leftImg8bit/train/bochum",
             "have no _leftImg8bit.png .*bochum/",
         ),
         (
             "pascal_context_59",
             pascal_context,
-            "VOC2010",
             "rm JPEGImages/2010*",
             "1 images of the split .*: 2010_000001",
         ),
-        ("pascal_context_60", pascal_context, "VOC2010", "rm -r ImageSets", r"expected the file .*/train\.txt, which"),
-        ("pascal_context_59", pascal_context, "VOC2010", "rm SegmentationClassContext/2010*", "1 images have no .png"),
+        ("pascal_context_60", pascal_context, "rm -r ImageSets", r"expected the file .*/train\.txt, which"),
+        ("pascal_context_59", pascal_context, "rm SegmentationClassContext/2010*", "1 images have no .png"),
         (
             "coco_stuff10k",
             coco_stuff10k,
-            "coco_stuff10k",
             "rm images/test2014/*",
             "holds no .jpg image, expected are 1",
         ),
-        ("imagenet1k", imagenet1k, "imagenet", "rm -r val/n01440764", "val holds 999 folders of classes"),
-        ("imagenet1k", imagenet1k, "imagenet", "rm val/n01440764/*", "1 folders of .*val hold no image: n01440764"),
+        ("imagenet1k", imagenet1k, "rm -r val/n01440764", "val holds 999 folders of classes"),
+        ("imagenet1k", imagenet1k, "rm val/n01440764/*", "1 folders of .*val hold no image: n01440764"),
     ],
 )
-def test_published_layouts(tmp_path, monkeypatch, name, layout, top, broken, message):
+def test_published_layouts(tmp_path, monkeypatch, name, layout, broken, message):
     """What is complete is found, and what is missing is named."""
     miniature = dataclasses.replace(data.describe(name), training_count=2, validation_count=1)
     monkeypatch.setitem(data.DATASETS, name, miniature)
-    layout(tmp_path / top)
-    assert data.prepare(name, tmp_path) == tmp_path / top
-    assert data.check(name, tmp_path) == (True, f"{tmp_path / top}: 2 training and 1 validation images")
-    subprocess.run(broken, shell=True, cwd=tmp_path / top, check=True)
+    folder = tmp_path / (miniature.folder or name)
+    layout(folder)
+    assert data.prepare(name, tmp_path) == folder
+    assert data.check(name, tmp_path) == (True, f"{folder}: 2 training and 1 validation images")
+    subprocess.run(broken, shell=True, cwd=folder, check=True)
     with pytest.raises(Blocked, match=message) as caught:
         data.prepare(name, tmp_path)
     assert "\n" not in str(caught.value)
