@@ -12,7 +12,8 @@ from typing import Any
 
 STAGES = ("cost", "speed", "train", "evaluate")
 TASKS = ("classification", "segmentation")
-HEADS = ("segformer",)
+BARE = "bare"  # no head: the maps of the backbone, for cost and speed alone
+HEADS = ("segformer", "upernet", "ocr", BARE)
 SCHEDULES = ("poly", "cosine")
 PRECISIONS = ("float32", "amp")
 

@@ -11,21 +11,15 @@ from benchmarks.job import Job
 def build_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer with the recipe's groups.
 
-    No weight decay on biases, norms and what any module's `no_weight_decay()` names; the decode head of a segmentor
-    learns `head_learning_rate_multiplier` times as fast.
+    No weight decay on biases, norms and what any module's `no_weight_decay()` names; the heads of a segmentor, the
+    auxiliary one included, learn `head_learning_rate_multiplier` times as fast.
     """
     recipe = job.recipe
-    head = getattr(model, "decode_head", None)
-    parts = (
-        {"": (model, 1.0)}
-        if head is None
-        else {
-            "backbone.": (model.backbone, 1.0),
-            "decode_head.": (head, recipe.head_learning_rate_multiplier),
-        }
-    )
+    heads = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(model, name, None)) is not None]
+    parts = [(model.backbone if heads else model, 1.0)]
+    parts += [(head, recipe.head_learning_rate_multiplier) for head in heads]
     groups = []
-    for module, multiplier in parts.values():
+    for module, multiplier in parts:
         for group in param_groups_weight_decay(module, recipe.weight_decay, no_weight_decay_list=_not_decayed(module)):
             groups.append(group | {"lr": recipe.learning_rate * multiplier})
     return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""Semantic segmentation: any backbone of the zoo in mmsegmentation's EncoderDecoder, with its heads and transforms.
+"""Semantic segmentation: any backbone of the zoo in mmsegmentation's segmentors, with its heads and transforms.
 
 `Recipe.augmentation` of a training: `resize` ([width, height], or null to keep the size), `ratio_range` of the random
 rescaling, `crop` (default: the job's input size), `maximum_class_share` of a crop, `flip` (probability),
@@ -21,10 +21,9 @@ from mmseg.evaluation import IoUMetric
 from mmseg.models import EncoderDecoder
 
 import zoo
-from benchmarks import data
+from benchmarks import data, heads
 from benchmarks.engine import Context, Outcome, evaluate, train
-from benchmarks.errors import InputError
-from benchmarks.job import Job
+from benchmarks.job import BARE, Job
 
 # ImageNet's statistics in units of 8-bit pixels, RGB.
 MEAN = [123.675, 116.28, 103.53]
@@ -44,20 +43,24 @@ class ZooBackbone(BaseModule):
         return tuple(self.network(images))
 
 
-def build_model(job: Job) -> EncoderDecoder:
-    """The job's segmentor with fresh weights: backbone and head, no auxiliary head."""
+def build_model(job: Job) -> EncoderDecoder | ZooBackbone:
+    """The job's segmentor with fresh weights: backbone, head and auxiliary head (a bare job's is the backbone)."""
     config = dict(job.model_config)
     if job.recipe is not None and job.recipe.drop_path_rate is not None:
         config.setdefault("drop_path_rate", job.recipe.drop_path_rate)
-    config = {"type": ZooBackbone, "name": job.model, "img_size": job.input_size, **config}
-    channels = _channels(config)
+    config = {"name": job.model, "img_size": job.input_size, **config}
+    if job.head == BARE:
+        return ZooBackbone(**config)
+    with torch.device("meta"):
+        channels = ZooBackbone(**config).channels
+    parts = heads.settings(job.head, channels, job.num_classes, job.head_config)
     evaluation = job.recipe.evaluation if job.recipe is not None else {}
     test = {"mode": evaluation.get("mode", "whole")}
     if test["mode"] == "slide":
         test |= {"crop_size": job.input_size, "stride": tuple(evaluation["stride"])}
-    return EncoderDecoder(
-        backbone=config,
-        decode_head=_head(job, channels),
+    return parts.pop("type")(
+        backbone={"type": ZooBackbone, **config},
+        **parts,
         test_cfg=ConfigDict(test),
         data_preprocessor={
             "type": "SegDataPreProcessor",
@@ -70,28 +73,6 @@ def build_model(job: Job) -> EncoderDecoder:
             "test_cfg": {"size_divisor": evaluation.get("size_divisor", 1)},
         },
     )
-
-
-def _channels(config: dict[str, Any]) -> list[int]:
-    """Channels of the maps that the backbone of `config` gives; built once without weights to ask it."""
-    arguments = {key: value for key, value in config.items() if key != "type"}
-    with torch.device("meta"):
-        return ZooBackbone(**arguments).channels
-
-
-def _head(job: Job, channels: list[int]) -> dict[str, Any]:
-    """mmsegmentation's settings of the job's decode head."""
-    shared = {
-        "in_channels": channels,
-        "in_index": list(range(len(channels))),
-        "num_classes": job.num_classes,
-        "norm_cfg": {"type": "SyncBN" if torch.distributed.is_initialized() else "BN"},
-        "align_corners": False,
-        "loss_decode": {"type": "CrossEntropyLoss"},
-    }
-    if job.head == "segformer":  # Xie et al. 2021; 256 channels as for MiT-B0 and B1
-        return shared | {"type": "SegformerHead", "channels": 256, "dropout_ratio": 0.1} | dict(job.head_config)
-    raise InputError(f"head '{job.head}' is not known")
 
 
 def run_train(job: Job, context: Context) -> Outcome:
@@ -127,7 +108,7 @@ def _baseline(dataset: BaseSegDataset) -> float:
 
 
 def _dataset(job: Job, root: Path, training: bool) -> BaseSegDataset:
-    """mmsegmentation's dataset over ADE20K's folder layout, with the recipe's transforms."""
+    """mmsegmentation's dataset over the described folders, with the recipe's transforms."""
     described = data.describe(job.data)
     labels = {"type": "LoadAnnotations", "reduce_zero_label": described.reduce_zero_label}
     augmentation, evaluation = job.recipe.augmentation, job.recipe.evaluation
@@ -162,7 +143,14 @@ def _dataset(job: Job, root: Path, training: bool) -> BaseSegDataset:
     split = described.training if training else described.validation
     arguments: dict[str, Any] = {
         "data_root": str(root),
-        "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
+        "data_prefix": {
+            "img_path": described.images.format(split=split),
+            "seg_map_path": described.annotations.format(split=split),
+        },
+        "ann_file": described.split_list.format(split=split),
+        "img_suffix": described.image_suffix,
+        "seg_map_suffix": described.annotation_suffix,
+        "reduce_zero_label": described.reduce_zero_label,
         "pipeline": pipeline,
         "test_mode": not training,
     }
@@ -170,13 +158,7 @@ def _dataset(job: Job, root: Path, training: bool) -> BaseSegDataset:
         return ADE20KDataset(**arguments)
     classes = described.classes
     shades = np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()
-    return BaseSegDataset(
-        metainfo={"classes": classes, "palette": shades},
-        reduce_zero_label=described.reduce_zero_label,
-        img_suffix=".jpg",
-        seg_map_suffix=".png",
-        **arguments,
-    )
+    return BaseSegDataset(metainfo={"classes": classes, "palette": shades}, **arguments)
 
 
 def _crop(job: Job) -> tuple[int, int]:

@@ -33,6 +33,8 @@ class ModelEntry:
     name: str | None = None  # the name that zoo.create_model knows; null: the label itself
     config: dict[str, Any] = field(default_factory=dict)  # fields of the family's configuration
     head: dict[str, Any] = field(default_factory=dict)  # settings of the decode head that differ from the default
+    input_size: list[int] | None = None  # null: the benchmark's
+    drop_path_rate: float | None = None  # in training; null: the recipe's
 
 
 @dataclass
@@ -42,10 +44,11 @@ class Benchmark:
     task: str = MISSING  # classification or segmentation
     data: str = MISSING
     data_options: dict[str, Any] = field(default_factory=dict)
-    head: str | None = None  # segmentation: the decode head
+    head: str | None = None  # segmentation: the decode head, or "bare" for the backbone alone
     input_size: list[int] = MISSING  # height, width in pixels
     models: dict[str, ModelEntry] = MISSING
     recipe: Recipe = field(default_factory=Recipe)
+    stages: list[str] | None = None  # null: all of the suite's; else no other than these
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
 
 from benchmarks import data
 from benchmarks.errors import InputError, choose
-from benchmarks.job import HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job
+from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job
 from runners.config import Benchmark, Config, ModelEntry
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
@@ -17,8 +18,7 @@ SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
 def stages_of(config: Config) -> list[str]:
     """The stages of this run, in the order in which they happen."""
     asked = config.suite.stages if config.stages is None else config.stages
-    for stage in asked:
-        choose("stage", stage, (*STAGES, "report"), "stages")
+    _check_stages(asked, "stages")
     return [stage for stage in (*STAGES, "report") if stage in asked]
 
 
@@ -31,10 +31,8 @@ def make_jobs(config: Config) -> list[Job]:
         InputError: an unknown stage, task, head, dataset or precision, or an impossible size or number.
     """
     suite = config.suite
-    stages = stages_of(config)
+    all_stages = stages_of(config)
     choose("precision", suite.precision, PRECISIONS, f"suite {suite.name}")
-    if "evaluate" in stages and "train" not in stages:
-        raise InputError("stages: 'evaluate' needs 'train' (finished trainings are not repeated)")
     for name in ("models", "seeds"):
         if getattr(config, name) == []:
             raise InputError(f"{name}=[] leaves nothing to run; name at least one, or leave the setting out")
@@ -42,6 +40,9 @@ def make_jobs(config: Config) -> list[Job]:
     for name, benchmark in suite.benchmarks.items():
         where = f"suite {suite.name}, benchmark {name}"
         _check(benchmark, where)
+        stages = [stage for stage in all_stages if benchmark.stages is None or stage in benchmark.stages]
+        if benchmark.head == BARE and "train" in stages:
+            raise InputError(f"{where}: head={BARE} has nothing to train; choose another head or stages=[cost,speed]")
         described = data.describe(benchmark.data)
         if described.task != benchmark.task:
             raise InputError(f"{where}: the dataset {benchmark.data} is for {described.task}, not {benchmark.task}")
@@ -53,15 +54,16 @@ def make_jobs(config: Config) -> list[Job]:
                 "model_config": entry.config,
                 "head": benchmark.head,
                 "head_config": entry.head,
-                "input_size": tuple(benchmark.input_size),
+                "input_size": tuple(entry.input_size or benchmark.input_size),
                 "num_classes": described.num_classes,
             }
+            rate = benchmark.recipe.drop_path_rate if entry.drop_path_rate is None else entry.drop_path_rate
             training = {
                 "precision": suite.precision,
                 "data": benchmark.data,
                 "data_version": described.version,
                 "data_options": benchmark.data_options,
-                "recipe": benchmark.recipe,
+                "recipe": dataclasses.replace(benchmark.recipe, drop_path_rate=rate),
             }
             chosen = []
             if "cost" in stages:
@@ -91,15 +93,26 @@ def _models(config: Config, benchmark: Benchmark) -> dict[str, ModelEntry]:
     return {label: benchmark.models.get(label, ModelEntry()) for label in chosen}
 
 
+def _check_stages(stages: Sequence[str], where: str) -> None:
+    for stage in stages:
+        choose("stage", stage, (*STAGES, "report"), where)
+    if "evaluate" in stages and "train" not in stages:
+        raise InputError(f"{where}: 'evaluate' needs 'train' (finished trainings are not repeated)")
+
+
 def _check(benchmark: Benchmark, where: str) -> None:
     choose("task", benchmark.task, TASKS, where)
     if benchmark.task == "segmentation":
         choose("head", str(benchmark.head), HEADS, where)
     elif benchmark.head is not None:
         raise InputError(f"{where}: a classification has no head to choose, but head={benchmark.head}")
-    size = list(benchmark.input_size)
-    if len(size) != 2 or min(size) < SMALLEST_SIDE:
-        raise InputError(f"{where}: input_size {size} must be [height, width], each at least {SMALLEST_SIDE} pixels")
+    if benchmark.stages is not None:
+        _check_stages(benchmark.stages, f"{where}: stages")
+    for size in (benchmark.input_size, *(entry.input_size for entry in benchmark.models.values() if entry.input_size)):
+        if len(size) != 2 or min(size) < SMALLEST_SIDE:
+            raise InputError(
+                f"{where}: input_size {list(size)} must be [height, width], each at least {SMALLEST_SIDE} pixels"
+            )
     recipe = benchmark.recipe
     for name in ("iterations", "batch_size", "checkpoint_every", "threads"):
         if getattr(recipe, name) < 1:

@@ -179,12 +179,13 @@ class Session:
 
     def _print_plan(self) -> None:
         table = Table(box=None, pad_edge=False)
-        for heading in ("job", "data", "state"):
+        for heading in ("job", "size", "data", "state"):
             table.add_column(heading)
         if self.config.suite.expected.cost:
             self.console.print(f"Expected: {escape(self.config.suite.expected.cost)}")
         for job in self.jobs:
-            table.add_row(job.title, job.data or "", "done" if job.key in self.records else "to do")
+            size = "x".join(map(str, job.input_size))
+            table.add_row(job.title, size, job.data or "", "done" if job.key in self.records else "to do")
         self.console.print(table)
 
     def _report(self) -> None:

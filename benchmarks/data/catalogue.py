@@ -11,8 +11,9 @@ class Dataset:
     """A dataset as the measurements see it. Folders lie below the one that `prepare` returns.
 
     Classification data lie in ImageNet's layout (`<split>/<class name>/<image>`), segmentation data in ADE20K's
-    (`images/<split>/<name>.jpg` beside `annotations/<split>/<name>.png`, one byte per pixel). `training` and
-    `validation` are the names of the splits' folders.
+    (`images/<split>/<name>.jpg` beside `annotations/<split>/<name>.png`, one byte per pixel) unless `images`,
+    `annotations`, their suffixes and `split_list` say otherwise. `training` and `validation` are the names of the
+    splits.
     """
 
     name: str
@@ -26,6 +27,11 @@ class Dataset:
     validation: str = "validation"
     training_count: int | None = None  # images expected; None where any number will do
     validation_count: int | None = None
+    images: str = "images/{split}"  # of a segmentation: the folder of a split's images, with any folders below it
+    annotations: str = "annotations/{split}"  # the same folders and names there
+    image_suffix: str = ".jpg"
+    annotation_suffix: str = ".png"
+    split_list: str = ""  # a file with the names of the split's images, without suffix; empty: all in the folder
     generated: bool = False  # made here on first use, nothing to download
     source: str = ""  # how to get it
 
@@ -43,10 +49,16 @@ def _background_and_digits() -> tuple[str, ...]:
     return ("background", *_digits())
 
 
-def _ade20k_names() -> tuple[str, ...]:
+def _mmseg_names(dataset: str) -> tuple[str, ...]:
     from mmseg.utils import get_classes  # seconds to import
 
-    return tuple(name.strip() for name in get_classes("ade20k"))
+    return tuple(name.strip() for name in get_classes(dataset))
+
+
+def _imagenet_names() -> tuple[str, ...]:
+    from timm.data import ImageNetInfo  # likewise
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())  # WordNet's, as the folders are called
 
 
 _SCANS = "made on first use from the 1,797 scanned digits that scikit-learn brings; nothing to download"
@@ -77,12 +89,82 @@ DATASETS = {
             version=2016,
             folder="ADEChallengeData2016",
             num_classes=150,
-            class_names=_ade20k_names,
+            class_names=lambda: _mmseg_names("ade20k"),
             reduce_zero_label=True,
             training_count=20_210,
             validation_count=2_000,
             source="download ADEChallengeData2016.zip (about 1 GB) from "
             "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip and unpack it into the data folder",
+        ),
+        Dataset(
+            name="imagenet1k",
+            task="classification",
+            version=2012,
+            folder="imagenet",
+            num_classes=1000,
+            class_names=_imagenet_names,
+            training="train",
+            validation="val",
+            training_count=1_281_167,
+            validation_count=50_000,
+            source="register at https://www.image-net.org, download the training and validation images of ILSVRC2012 "
+            "(about 145 GB), and sort them into imagenet/train and imagenet/val with a folder for each class (n014...)",
+        ),
+        Dataset(
+            name="cityscapes",
+            task="segmentation",
+            num_classes=19,
+            class_names=lambda: _mmseg_names("cityscapes"),
+            training="train",
+            validation="val",
+            training_count=2_975,
+            validation_count=500,
+            images="leftImg8bit/{split}",
+            annotations="gtFine/{split}",
+            image_suffix="_leftImg8bit.png",
+            annotation_suffix="_gtFine_labelTrainIds.png",
+            source="register at https://www.cityscapes-dataset.com, unpack leftImg8bit_trainvaltest.zip and "
+            "gtFine_trainvaltest.zip (about 12 GB) into cityscapes/, and make the 19-class labels with "
+            "csCreateTrainIdLabelImgs of the package cityscapesscripts",
+        ),
+        *(
+            Dataset(
+                name=f"pascal_context_{num_classes}",
+                task="segmentation",
+                version=2010,
+                folder="VOC2010",
+                num_classes=num_classes,
+                class_names=class_names,
+                reduce_zero_label=num_classes == 59,  # the background, which is no class there
+                training="train",
+                validation="val",
+                training_count=4_998,
+                validation_count=5_105,
+                images="JPEGImages",
+                annotations="SegmentationClassContext",
+                split_list="ImageSets/SegmentationContext/{split}.txt",
+                source="unpack VOCtrainval_03-May-2010.tar of PASCAL VOC 2010, take its VOCdevkit/VOC2010, and add "
+                "the labels and lists of PASCAL-Context (trainval_merged.json) with mmsegmentation's "
+                "tools/dataset_converters/pascal_context.py",
+            )
+            for num_classes, class_names in (
+                (59, lambda: _mmseg_names("pascal_context")),
+                (60, lambda: ("background", *_mmseg_names("pascal_context"))),
+            )
+        ),
+        Dataset(
+            name="coco_stuff10k",
+            task="segmentation",
+            num_classes=171,
+            class_names=lambda: _mmseg_names("coco_stuff10k"),
+            reduce_zero_label=True,
+            training="train2014",
+            validation="test2014",
+            training_count=9_000,
+            validation_count=1_000,
+            annotation_suffix="_labelTrainIds.png",
+            source="download cocostuff-10k-v1.1.zip (2 GB) from https://github.com/nightrome/cocostuff10k and convert "
+            "it to coco_stuff10k/ with mmsegmentation's tools/dataset_converters/coco_stuff10k.py",
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Published segmentation datasets: is everything where it should be?"""
+"""Published datasets: is everything where it should be?"""
 
 import os
 from pathlib import Path
@@ -31,10 +31,17 @@ def _find_problem(dataset: Dataset, folder: Path) -> str | None:
             if problem:
                 return problem
             continue
-        for kind in ("images", "annotations"):
-            if not (folder / kind / split).is_dir():
-                return _missing(folder / kind, split)
-        problem = _compare(folder / "images" / split, folder / "annotations" / split, count)
+        places = [folder / place.format(split=split) for place in (dataset.images, dataset.annotations)]
+        for place in places:
+            if not place.is_dir():
+                return _missing(place.parent, place.name)
+        names = None
+        if dataset.split_list:
+            listed = folder / dataset.split_list.format(split=split)
+            if not listed.is_file():
+                return f"expected the file {listed}, which names the images of the split"
+            names = set(listed.read_text().split())
+        problem = _compare(*places, dataset.image_suffix, dataset.annotation_suffix, names, count)
         if problem:
             return problem
     return None
@@ -51,14 +58,26 @@ def _classes(folder: Path, split: str, num_classes: int) -> str | None:
     return f"{len(empty):,} folders of {folder / split} hold no image: {_first(empty)}" if empty else None
 
 
-def _compare(images_folder: Path, annotations_folder: Path, count: int | None) -> str | None:
-    images, annotations = _sizes(images_folder, ".jpg"), _sizes(annotations_folder, ".png")
+def _compare(
+    images_folder: Path,
+    annotations_folder: Path,
+    image: str,
+    annotation: str,
+    names: set[str] | None,
+    count: int | None,
+) -> str | None:
+    """What is wrong between two folders whose files end in `image` and `annotation`; `names` restricts both."""
+    images, annotations = _sizes(images_folder, image), _sizes(annotations_folder, annotation)
     if not images:
-        return f"{images_folder} holds no .jpg image" + (f", expected are {count:,}" if count else "")
+        return f"{images_folder} holds no {image} image" + (f", expected are {count:,}" if count else "")
+    if names is not None:
+        if without := sorted(names - images.keys()):
+            return f"{len(without):,} images of the split are not in {images_folder}: {_first(without)}"
+        images, annotations = ({name: found[name] for name in names & found.keys()} for found in (images, annotations))
     if without := sorted(images.keys() - annotations.keys()):
-        return f"{len(without):,} images have no .png in {annotations_folder}: {_first(without)}"
+        return f"{len(without):,} images have no {annotation} in {annotations_folder}: {_first(without)}"
     if without := sorted(annotations.keys() - images.keys()):
-        return f"{len(without):,} annotations have no .jpg in {images_folder}: {_first(without)}"
+        return f"{len(without):,} annotations have no {image} in {images_folder}: {_first(without)}"
     for folder, sizes in ((images_folder, images), (annotations_folder, annotations)):
         if empty := sorted(stem for stem, size in sizes.items() if not size):
             return f"{len(empty):,} files in {folder} are empty: {_first(empty)}"
@@ -79,11 +98,15 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _sizes(folder: Path, suffix: str) -> dict[str, int]:
-    """File name without suffix -> bytes."""
+def _sizes(folder: Path, suffix: str, below: str = "") -> dict[str, int]:
+    """File name without suffix, behind the folders that it lies in -> bytes."""
+    sizes: dict[str, int] = {}
     with os.scandir(folder) as entries:
-        return {
-            entry.name.removesuffix(suffix): entry.stat().st_size
-            for entry in entries
-            if entry.name.endswith(suffix) and not entry.name.startswith(".")
-        }
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                sizes |= _sizes(Path(entry.path), suffix, f"{below}{entry.name}/")
+            elif entry.name.endswith(suffix):
+                sizes[below + entry.name.removesuffix(suffix)] = entry.stat().st_size
+    return sizes

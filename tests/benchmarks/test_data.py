@@ -334,6 +334,102 @@ def test_ade20k_incomplete(ade20k, broken, message):
     assert "ADEChallengeData2016.zip" in caught.value.how_to_get
 
 
+def fill(folder: Path, paths: list[str]) -> None:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"x")
+
+
+def cityscapes(folder: Path) -> None:
+    """As unpacked and converted: a folder for each city, other labels and a hidden file beside those that count."""
+    for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "ulm")):
+        stem = f"{split}/{city}/{city}_000000_000019"
+        kinds = ("gtFine_labelTrainIds", "gtFine_color", "gtFine_labelIds")
+        fill(folder, [f"leftImg8bit/{stem}_leftImg8bit.png", *(f"gtFine/{stem}_{kind}.png" for kind in kinds)])
+    fill(folder, ["leftImg8bit/train/aachen/._x_leftImg8bit.png"])
+
+
+def pascal_context(folder: Path) -> None:
+    """All images of the challenge; lists choose those that have labels."""
+    names = ["2008_000002", "2008_000003", "2010_000001"]
+    fill(folder, [f"JPEGImages/{name}.jpg" for name in (*names, "2007_000001")])
+    fill(folder, [f"SegmentationClassContext/{name}.png" for name in names])
+    lists = folder / "ImageSets" / "SegmentationContext"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(names[:2]) + "\n")
+    (lists / "val.txt").write_text(names[2])
+
+
+def coco_stuff10k(folder: Path) -> None:
+    for stem in ("train2014/COCO_train2014_1", "train2014/COCO_train2014_2", "test2014/COCO_train2014_3"):
+        fill(folder, [f"images/{stem}.jpg", f"annotations/{stem}_labelTrainIds.png", f"annotations/{stem}.mat"])
+
+
+def imagenet1k(folder: Path) -> None:
+    for name in data.describe("imagenet1k").classes:
+        fill(folder, [f"{split}/{name}/{name}_1.JPEG" for split in ("train", "val")])
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "broken", "message"),
+    [
+        ("cityscapes", cityscapes, "rm gtFine/train/*/*TrainIds.png", "2 images have no _gtFine_labelTr"),
+        (
+            "cityscapes",
+            cityscapes,
+            "rm -r leftImg8bit/train/bochum",
+            "have no _leftImg8bit.png .*bochum/",
+        ),
+        (
+            "pascal_context_59",
+            pascal_context,
+            "rm JPEGImages/2010*",
+            "1 images of the split .*: 2010_000001",
+        ),
+        ("pascal_context_60", pascal_context, "rm -r ImageSets", r"expected the file .*/train\.txt, which"),
+        ("pascal_context_59", pascal_context, "rm SegmentationClassContext/2010*", "1 images have no .png"),
+        (
+            "coco_stuff10k",
+            coco_stuff10k,
+            "rm images/test2014/*",
+            "holds no .jpg image, expected are 1",
+        ),
+        ("imagenet1k", imagenet1k, "rm -r val/n01440764", "val holds 999 folders of classes"),
+        ("imagenet1k", imagenet1k, "rm val/n01440764/*", "1 folders of .*val hold no image: n01440764"),
+    ],
+)
+def test_published_layouts(tmp_path, monkeypatch, name, layout, broken, message):
+    """What is complete is found, and what is missing is named."""
+    miniature = dataclasses.replace(data.describe(name), training_count=2, validation_count=1)
+    monkeypatch.setitem(data.DATASETS, name, miniature)
+    folder = tmp_path / (miniature.folder or name)
+    layout(folder)
+    assert data.prepare(name, tmp_path) == folder
+    assert data.check(name, tmp_path) == (True, f"{folder}: 2 training and 1 validation images")
+    subprocess.run(broken, shell=True, cwd=folder, check=True)
+    with pytest.raises(Blocked, match=message) as caught:
+        data.prepare(name, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert caught.value.how_to_get
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "training", "validation"),
+    [
+        ("imagenet1k", 1000, 1_281_167, 50_000),
+        ("cityscapes", 19, 2_975, 500),
+        ("pascal_context_59", 59, 4_998, 5_105),
+        ("pascal_context_60", 60, 4_998, 5_105),
+        ("coco_stuff10k", 171, 9_000, 1_000),
+    ],
+)
+def test_published_datasets_have_the_papers_numbers(name, classes, training, validation):
+    """HRFormer, sections 4.2 and 4.3; HIRI-ViT, section 4.1."""
+    described = data.describe(name)
+    assert (described.num_classes, described.training_count) == (classes, training)
+    assert described.validation_count == validation
+
+
 def test_blocked_survives_pickling():
     import pickle
 

@@ -171,6 +171,58 @@ def test_ade20k_in_miniature(ade20k, tmp_path, monkeypatch):
     assert evaluated.metrics["baseline_mIoU"] == pytest.approx(expected)
 
 
+def write(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(path, values)
+
+
+@pytest.mark.parametrize(
+    ("suite", "image", "label", "lists", "void", "shift"),
+    [
+        (
+            "cityscapes_ocr",
+            "leftImg8bit/{split}/ulm/ulm_{n}_leftImg8bit.png",
+            "gtFine/{split}/ulm/ulm_{n}_gtFine_labelTrainIds.png",
+            None,
+            255,
+            0,
+        ),
+        (
+            "pascal_context_ocr",
+            "JPEGImages/{split}_{n}.jpg",
+            "SegmentationClassContext/{split}_{n}.png",
+            "ImageSets/SegmentationContext/{split}.txt",
+            0,
+            1,
+        ),
+        ("coco_stuff_ocr", "images/{split}/{n}.jpg", "annotations/{split}/{n}_labelTrainIds.png", None, 0, 1),
+    ],
+)
+def test_published_layouts_are_read(suite, image, label, lists, void, shift, tmp_path):
+    """Each split has its own images; labels are the classes' numbers, and 255 where there is none."""
+    job = next(job for job in jobs(suite) if job.label == "hrformer_base")
+    described = segmentation.data.describe(job.data)
+    dice = np.random.default_rng(0)
+    for split, number in ((described.training, 3), (described.validation, 2)):
+        for n in range(number):
+            names = {"split": split, "n": n}
+            write(tmp_path / image.format(**names), dice.integers(0, 256, (60, 90, 3), dtype=np.uint8))
+            labels = dice.integers(shift, described.num_classes + shift, (60, 90), dtype=np.uint8)
+            labels[:5] = void
+            write(tmp_path / label.format(**names), labels)
+        if lists:
+            path = tmp_path / lists.format(split=split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{split}_{n}\n" for n in range(number)))
+    train, validation = (segmentation._dataset(job, tmp_path, training) for training in (True, False))
+    assert (len(train), len(validation)) == (3, 2)
+    assert train[0]["data_samples"].gt_sem_seg.data.shape[0] == 1
+    found = validation[1]["data_samples"].gt_sem_seg.data[0].numpy()
+    assert (found == 255).sum() == 5 * 90
+    assert np.array_equal(found[5:], labels[5:] - shift)
+    assert len(validation.metainfo["classes"]) == job.num_classes
+
+
 @pytest.mark.parametrize("schedule", ["poly", "cosine"])
 def test_learning_rate_over_the_training(schedule, tmp_path):
     """Linear warm-up, then the schedule, at the steps where it can be said by hand."""

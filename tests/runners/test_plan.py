@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,6 +18,7 @@ from runners.config import Config, register
 from runners.plan import make_jobs
 from runners.run import CONF
 
+PAPERS = CONF.parent.parent / "results" / "papers"
 SUITES = sorted(path.stem for path in (CONF / "suite").glob("*.yaml"))
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 
@@ -41,8 +44,32 @@ def test_every_suite_composes_and_plans(suite):
         assert job.task in TASKS
         assert job.head in (None, *HEADS)
         assert all(keys.index(before) < keys.index(job.key) for before in job.depends_on)
-    models = sum(len(benchmark.models) for benchmark in config.suite.benchmarks.values())
-    assert len(jobs) == models * len([stage for stage in config.suite.stages if stage != "report"])
+    planned = [
+        (len(benchmark.models), {*config.suite.stages} & {*(benchmark.stages or STAGES)} - {"report"})
+        for benchmark in config.suite.benchmarks.values()
+    ]
+    assert len(jobs) == sum(models * len(stages) for models, stages in planned)
+    assert config.suite.expected.cost
+    assert config.suite.expected.source
+    for benchmark, scores in config.suite.expected.scores.items():
+        assert scores.keys() <= config.suite.benchmarks[benchmark].models.keys()
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_expected_scores_are_printed_in_a_paper(suite):
+    """Each is that of its model in a table of a paper, but for the demo's, which are its own."""
+    tables = [path for path in PAPERS.glob("*.csv") if "label" in path.read_text().partition("\n")[0]]
+    if suite == "demo" or not tables:
+        pytest.skip("no paper's scores to compare with")
+    printed: dict[str, set[float]] = defaultdict(set)
+    for path in tables:
+        for row in csv.DictReader(path.open()):
+            printed[row["model"]] |= {float(row[name]) for name in ("top1", "miou", "miou_ms") if row[name]}
+    config = configuration(f"suite={suite}").suite
+    for name, scores in config.expected.scores.items():
+        for label, score in scores.items():
+            entry = config.benchmarks[name].models[label]
+            assert score in printed[entry.name or label], (label, score)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -113,12 +140,34 @@ def test_seeds_repeat_trainings_only():
         (["suite.benchmarks.segmentation.recipe.learning_rate=-1"], "learning_rate is -1.0; it must be above 0"),
         (["suite.benchmarks.classification.head=segformer"], "a classification has no head"),
         (["suite.precision=half"], "unknown precision 'half'"),
+        (["suite.benchmarks.segmentation.head=bare"], "head=bare has nothing to train"),
+        (["suite.benchmarks.segmentation.stages=[costs]"], "segmentation: stages: unknown stage 'costs'"),
+        (["suite.benchmarks.segmentation.stages=[evaluate]"], "'evaluate' needs 'train'"),
+        (["suite.benchmarks.segmentation.models.mit_b0.input_size=[8,64]"], "at least 32 pixels"),
     ],
 )
 def test_impossible_settings_are_one_line(overrides, message):
     with pytest.raises(InputError, match=message) as error:
         make_jobs(configuration(*overrides))
     assert "\n" not in str(error.value)
+
+
+def test_a_benchmark_has_no_other_stages_than_its_own():
+    jobs = make_jobs(configuration("suite.benchmarks.segmentation.stages=[cost,report]"))
+    assert {job.stage for job in jobs if job.task == "segmentation"} == {"cost"}
+    assert {job.stage for job in jobs if job.task == "classification"} == set(STAGES)
+
+
+def test_a_model_may_have_a_size_and_a_drop_path_of_its_own():
+    entry = "suite.benchmarks.segmentation.models.mit_b0"
+    plain = make_jobs(configuration())
+    special = make_jobs(configuration(f"{entry}.input_size=[96,128]", f"{entry}.drop_path_rate=0.3"))
+    changed = [job for job in special if job.key not in {job.key for job in plain}]
+    assert [(job.label, job.task) for job in changed] == [("mit_b0", "segmentation")] * len(STAGES)
+    assert {job.input_size for job in changed} == {(96, 128)}
+    assert {job.recipe.drop_path_rate for job in changed if job.recipe} == {0.3}
+    rated = make_jobs(configuration(f"{entry}.drop_path_rate=0.3"))
+    assert {job.stage for job in rated if job.key not in {job.key for job in plain}} == {"train", "evaluate"}
 
 
 def test_jobs_are_frozen_data():
