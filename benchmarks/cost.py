@@ -1,7 +1,8 @@
 """What a model costs, whatever the machine: parameters, multiply-accumulates (MACs) and activations.
 
-Counted with `torch.utils.flop_counter.FlopCounterMode` while a copy of the model runs on meta tensors: shapes only, no
-weights, no memory, so any resolution takes seconds.
+A copy of the model runs on meta tensors (shapes only: no weights, no memory, so any resolution takes a fraction of a
+second) and `benchmarks.trace` watches its operators. MACs are half of what PyTorch's own formulas, those of
+`torch.utils.flop_counter`, give. The trace serves the papers' own conventions, too: `benchmarks.conventions`.
 """
 
 from collections import Counter

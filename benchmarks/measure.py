@@ -10,6 +10,7 @@ import torch
 from mmengine.registry import init_default_scope
 
 from benchmarks import cost
+from benchmarks.conventions import paper_convention
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
 from benchmarks.job import Job
@@ -53,21 +54,24 @@ def _task(job: Job) -> ModuleType:
 
 
 def _cost(job: Job) -> Outcome:
-    counted = cost.count(_task(job).build_model(job), (3, *job.input_size))
-    return Outcome(
-        metrics={
-            "params": counted.params,
-            "params_auxiliary": counted.params_auxiliary,
-            "macs": counted.macs,
-            "activations": counted.activations,
-        },
-        details={
-            "convention": counted.convention,
-            "by_operator": counted.by_operator,
-            "by_module": counted.by_module,
-            "uncounted": counted.uncounted,
-        },
-    )
+    model = _task(job).build_model(job)
+    counted = cost.count(model, (3, *job.input_size))
+    metrics = {
+        "params": counted.params,
+        "params_auxiliary": counted.params_auxiliary,
+        "macs": counted.macs,
+        "activations": counted.activations,
+    }
+    details = {
+        "convention": counted.convention,
+        "by_operator": counted.by_operator,
+        "by_module": counted.by_module,
+        "uncounted": counted.uncounted,
+    }
+    if (convention := paper_convention(model)) is not None:
+        metrics["macs_paper"] = convention.macs(model, counted)
+        details["paper_convention"] = {"name": convention.name, "text": convention.text}
+    return Outcome(metrics=metrics, details=details)
 
 
 def _speed(job: Job) -> Outcome:

@@ -32,8 +32,18 @@ class Tally:
     biases: int = 0  # of the biases that it adds
     biased: int = 0  # of the outputs that it adds a bias to
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+    def __iadd__(self, other: "Tally") -> "Tally":
+        self.calls += other.calls
+        self.macs += other.macs
+        self.inputs += other.inputs
+        self.elements += other.elements
+        self.others += other.others
+        self.biases += other.biases
+        self.biased += other.biased
+        return self
+
+
+_NONE = Tally()
 
 
 @dataclass(frozen=True)
@@ -53,16 +63,18 @@ class Trace:
 
     def sum(self, *names: str, under: str = "") -> Tally:
         """The sum of the operators `names` in the module at path `under` (the root by default) and all below it."""
-        chosen = (
-            tally
-            for (path, name), tally in self.operators.items()
-            if name in names and (not under or path == under or path.startswith(f"{under}."))
-        )
-        return sum(chosen, Tally())
+        total = Tally()
+        for (path, name), tally in self.operators.items():
+            if name in names and (not under or path == under or path.startswith(f"{under}.")):
+                total += tally
+        return total
 
     def at(self, path: str, *names: str) -> Tally:
         """The sum of the operators `names` that the module at `path` ran itself."""
-        return sum((self.operators.get((path, name), Tally()) for name in names), Tally())
+        total = Tally()
+        for name in names:
+            total += self.operators.get((path, name), _NONE)
+        return total
 
 
 class Watch(TorchDispatchMode):
