@@ -244,11 +244,11 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]
     kind = type(module)
-    if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) is not getattr(object, name) for name in _PROTOCOL):
+    if hasattr(kind, "__deepcopy__") or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _PROTOCOL):
         return copy.deepcopy(module, memo)
     twin = memo[id(module)] = kind.__new__(kind)
     state = {}
-    for name, value in vars(module).items():
+    for name, value in module.__getstate__().items():
         if name == "_modules":
             value = {key: None if child is None else _copy_module(child, memo) for key, child in value.items()}
         elif name in ("_parameters", "_buffers"):
