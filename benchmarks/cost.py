@@ -5,6 +5,7 @@ second) and `benchmarks.trace` watches its operators. MACs are half of what PyTo
 `torch.utils.flop_counter`, give. The trace serves the papers' own conventions, too: `benchmarks.conventions`.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,8 +109,11 @@ def count(
 def _neutral_switches() -> Iterator[None]:
     """Attention in countable pieces: no fused kernel of nn.MultiheadAttention, no fused scaled_dot_product_attention.
 
-    Otherwise a model's MACs and activations would depend on which kernels this machine offers.
+    Otherwise a model's MACs and activations would depend on which kernels this machine offers. And no garbage
+    collection, which would look at thousands of modules again and again.
     """
+    collecting = gc.isenabled()
+    gc.disable()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -117,6 +121,8 @@ def _neutral_switches() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        if collecting:
+            gc.enable()
 
 
 def _auxiliary_parameters(model: nn.Module) -> int:

@@ -6,6 +6,8 @@ repeat their blocks, so most of a forward is made this way, in a fraction of the
 
 import copy
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -142,6 +144,22 @@ class Watch(TorchDispatchMode):
         self._log += tallies
         for name, tally in tallies:
             self.trace.operators[self._paths[-1], name] += tally
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """What is built inside has meta tensors, without the time that their initialisation takes."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchDispatchMode):
+    """Leaves out what changes a meta tensor's values, since there are none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and _describe(func).in_place and args[0].is_meta:
+            return args[0]
+        return func(*args, **kwargs or {})
 
 
 class _HasValuesError(Exception):
