@@ -8,13 +8,16 @@ from types import ModuleType
 
 import torch
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from benchmarks import cost
+from benchmarks.conventions import paper_convention
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
 from benchmarks.job import Job
 from benchmarks.speed import default_yardstick
 from benchmarks.speed import measure as measure_speed
+from benchmarks.trace import on_meta
 
 
 def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None) -> Outcome:
@@ -53,21 +56,32 @@ def _task(job: Job) -> ModuleType:
 
 
 def _cost(job: Job) -> Outcome:
-    counted = cost.count(_task(job).build_model(job), (3, *job.input_size))
-    return Outcome(
-        metrics={
-            "params": counted.params,
-            "params_auxiliary": counted.params_auxiliary,
-            "macs": counted.macs,
-            "activations": counted.activations,
-        },
-        details={
-            "convention": counted.convention,
-            "by_operator": counted.by_operator,
-            "by_module": counted.by_module,
-            "uncounted": counted.uncounted,
-        },
-    )
+    model = _build_without_weights(job)
+    counted = cost.count(model, (3, *job.input_size))
+    metrics = {
+        "params": counted.params,
+        "params_auxiliary": counted.params_auxiliary,
+        "macs": counted.macs,
+        "activations": counted.activations,
+    }
+    details = {
+        "convention": counted.convention,
+        "by_operator": counted.by_operator,
+        "by_module": counted.by_module,
+        "uncounted": counted.uncounted,
+    }
+    if (convention := paper_convention(model)) is not None:
+        metrics["macs_paper"] = convention.macs(model, counted)
+        details["paper_convention"] = {"name": convention.name, "text": convention.text}
+    return Outcome(metrics=metrics, details=details)
+
+
+def _build_without_weights(job: Job) -> nn.Module:
+    try:
+        with on_meta():
+            return _task(job).build_model(job)
+    except (RuntimeError, NotImplementedError):  # it reads values while it is built
+        return _task(job).build_model(job)
 
 
 def _speed(job: Job) -> Outcome:

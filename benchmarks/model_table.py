@@ -16,12 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import timm
-import torch
 from torch import nn
 
 import zoo
 from benchmarks.cost import count
 from benchmarks.errors import InputError
+from benchmarks.trace import on_meta
 
 README = Path(zoo.__file__).with_name("README.md")
 ACCURACIES = README.with_name("published_accuracy.csv")
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
 @lru_cache(maxsize=2)  # the whole model and its dense form for the smallest size are needed twice
 def _build(name: str, dense_size: int | None = None) -> nn.Module:
     """A model on meta tensors: as it is by default, or its dense form for images of `dense_size` pixels."""
-    with torch.device("meta"):
+    with on_meta():
         return zoo.create_model(name, features_only=dense_size is not None, img_size=dense_size)
 
 

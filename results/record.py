@@ -14,7 +14,8 @@ TASKS = ("classification", "segmentation")
 
 # The names of metrics, by stage and (for an evaluation) by task. A job may leave some out; the tables know only these.
 METRICS = {
-    "cost": ("params", "macs", "activations", "params_auxiliary"),  # numbers of elements; macs at batch 1
+    # Numbers of elements; MACs at batch 1, counted alike for all models and as the model's own paper counts.
+    "cost": ("params", "macs", "activations", "params_auxiliary", "macs_paper"),
     "speed": (
         *("latency_ms", "latency_ms_low", "latency_ms_high", "throughput"),  # throughput: images per second
         *("train_step_ms", "train_step_ms_low", "train_step_ms_high"),

@@ -6,8 +6,11 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import DeformConv2d
 
+import zoo
 from benchmarks.cost import count
 from benchmarks.errors import InputError
 
@@ -137,6 +140,26 @@ def test_published_classifiers(name, params, gmacs):
     assert cost.params == params
     assert cost.macs / 1e9 == pytest.approx(gmacs, abs=1e-3)
     assert sum(macs for path, macs in cost.by_module.items() if "." not in path) == cost.macs
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("test_hrvit", 72), ("test_hrformer", 72), ("test_hivit", 64), ("test_hiri_vit", 72), ("test_vit", 160)],
+)
+def test_the_same_as_torch_s_own_counter(name, size):
+    """Blocks whose operators are not run again count like the first; modules have what they run."""
+    with torch.device("meta"):
+        model = zoo.create_model(name).eval()
+    cost = count(model, (3, size, size))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.empty(1, 3, size, size, device="meta"))
+    flops = counter.get_flop_counts()
+    assert {name: 2 * macs for name, macs in cost.by_operator.items()} == {
+        str(operator): value for operator, value in flops["Global"].items()
+    }
+    for path, macs in cost.by_module.items():
+        called = flops.get(f"{type(model).__name__}.{path}")  # lists of modules are not called
+        assert called is None or 2 * macs == sum(called.values()), path
 
 
 def test_segformer_b0():
