@@ -1,8 +1,8 @@
 """What papers print: the rows of their tables, how they counted, and what is known of cells that do not come out.
 
-`results/papers/` holds one CSV per paper with the columns of `COLUMNS`: one row per printed row and data set, numbers as
-printed. A paper of your own is one more such file, there or anywhere else. Beside them `conventions.csv` tells how each
-paper counted FLOPs, and `verdicts.csv` why a printed number cannot be reproduced.
+`results/papers/` holds one CSV per paper with the columns of `COLUMNS`: one row per printed row and data set, numbers
+as printed. A paper of your own is one more such file, there or anywhere else. Beside them `conventions.csv` tells how
+each paper counted FLOPs, and `verdicts.csv` why a printed number cannot be reproduced.
 """
 
 import csv
@@ -49,13 +49,14 @@ COLUMNS = {
     "input_size": "HEIGHTxWIDTH in pixels",
     "cost_input_size": "the size of the FLOPs, where the accuracy has another",
     **NUMBERS,
-    "other": "NAME=VALUE;... of what has no column; delta_params, delta_gflops, delta_top1, delta_miou of a derived row",
+    "other": "NAME=VALUE;... of what has no column; of a derived row the names of DELTAS",
     "derived": 'JSON {"own": rows, "others": rows}: the row compares the means of these rows of its table',
     "reported_by": "own (the paper measured it) or other (quoted)",
     "note": "repaired and doubtful cells, and why",
 }
 DELTAS = {"delta_params": "params_m", "delta_gflops": "gflops", "delta_top1": "top1", "delta_miou": "miou"}
 _REQUIRED = ("paper", "table", "row", "label")
+_TEXTS = ("group", "framework", "setting", "dataset", "split", "reported_by", "note")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _MEMORY = re.compile(r"\d+(\.\d+)?[KMG]?")
 _SIZE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -175,7 +176,7 @@ def files(folder: Path = FOLDER) -> list[Path]:
 
 
 def load(extra: Iterable[str | Path] = (), folder: Path = FOLDER) -> Papers:
-    """Everything in `folder`, and the files `extra`. A file with a mistake is left out: `problems` says which and why."""
+    """Everything in `folder`, and the files `extra`. One with a mistake is left out: `problems` says which and why."""
     papers = Papers()
     known: set[str] = set()
     for path in [*files(folder), *map(Path, extra)]:
@@ -201,7 +202,7 @@ def read(path: str | Path) -> list[PaperRow]:
 
     Raises:
         PaperError: the file cannot be read; an unknown, repeated or missing column; a damaged number, size or JSON;
-            FLOPs or parameters to compare without a size; a row that comes twice; a derived row of rows that are not
+            FLOPs without a size; a row that comes twice; a derived row of rows that are not
             there.
     """
     path = Path(path)
