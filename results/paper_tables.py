@@ -129,7 +129,7 @@ def index_display(tables: Sequence[RebuiltTable]) -> Display:
 
 def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
     """Every cell that does not come out, with what is known of it; and those that differ without an explanation."""
-    cells = []
+    cells: dict[tuple, list[str]] = {}  # a printed row that is split by data set is shown once
     for table in tables:
         for line in table.rows:
             for column, cell in line.cells.items():
@@ -138,9 +138,10 @@ def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
                 printed, best = cell.printed, cell.measured if cell.measured.value is not None else cell.common
                 counted = _number(best.value, column) if best and best.value is not None else cell.measured.status
                 where = [table.paper, table.table, line.row.label, _TITLES[column], printed, counted]
-                cells.append([*where, cell.verdict or "differs", cell.evidence])
+                key = (table.paper, table.table, line.row.printed, *where[2:])
+                cells.setdefault(key, [*where, cell.verdict or "differs", cell.evidence])
     headings = ["Paper", "Table", "Row", "Column", "Reported", "Measured", "Verdict", "Evidence"]
-    return _plain("Printed numbers that are not reproduced, and derived rows recomputed", headings, cells)
+    return _plain("Printed numbers that are not reproduced, and derived rows recomputed", headings, [*cells.values()])
 
 
 def conventions_display(papers: Papers) -> Display:

@@ -389,6 +389,10 @@ _LATEX = {
     "[": "{[}",  # Behind a line break it would begin an optional argument.
     "]": "{]}",
     "±": "$\\pm$",
+    "×": "$\\times$",
+    "→": "$\\to$",
+    "†": "$\\dagger$",
+    "⚗": " (distilled)",
 }
 
 

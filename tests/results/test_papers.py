@@ -191,3 +191,13 @@ def test_two_files_of_one_paper_and_verdicts_on_nothing_are_told(tmp_path):
     assert "the paper mine has a file already" in repeated
     assert "no such cell: mine, Table 1, row 1, miou" in verdict
     assert FOLDER.is_dir()
+
+
+def test_the_example_of_the_readme_is_sound(tmp_path):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.csv").write_text(
+        "paper,table,row,label" + text.split("```\npaper,table,row,label")[1].split("```")[0]
+    )
+    first, second = papers.read(tmp_path / "mine.csv")
+    assert first.config == {"depths": [1, 1, 12]}
+    assert (second.task, second.num_classes) == ("segmentation", 150)
