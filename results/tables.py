@@ -389,7 +389,7 @@ _LATEX = {
     "[": "{[}",  # Behind a line break it would begin an optional argument.
     "]": "{]}",
     "±": "$\\pm$",
-    "×": "$\\times$",
+    "\u00d7": "$\\times$",
     "→": "$\\to$",
     "†": "$\\dagger$",
     "⚗": " (distilled)",
