@@ -231,12 +231,13 @@ def _cost(row: PaperRow, record: Record | None, metric: str, unit: float) -> Mea
 
 
 def _params(row: PaperRow, record: Record | None, printed: str) -> Measured:
-    """Parameters without the auxiliary head, or with it where that is nearer to what is printed."""
+    """Parameters with the auxiliary head, as papers print them, or without it where only that is what is printed."""
     bare = _cost(row, record, "params", 1e6)
     extra = record.metrics.get("params_auxiliary", 0) / 1e6 if record is not None else 0
-    if bare.value is None or not extra or abs(bare.value - float(printed)) <= abs(bare.value + extra - float(printed)):
+    if bare.value is None or not extra:
         return bare
-    return Measured(COUNTED, bare.value + extra, "with the auxiliary head", bare.key)
+    whole = Measured(COUNTED, bare.value + extra, "with the auxiliary head", bare.key)
+    return bare if reproduced(printed, bare.value) and not reproduced(printed, whole.value) else whole
 
 
 def _score(row: PaperRow, column: str, ledger: _Ledger) -> Measured:

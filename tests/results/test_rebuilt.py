@@ -113,6 +113,13 @@ def test_an_auxiliary_head_is_counted_where_the_print_has_it(mine, counted):
     record = counted(head="upernet", size=512, classes=150, params=52e6, metrics={"params_auxiliary": 3e6})
     measured = cell(mine, [record], 3, table="2").measured
     assert (measured.value, measured.reason) == (55.0, "with the auxiliary head")
+    record = counted(head="upernet", size=512, classes=150, params=55e6, metrics={"params_auxiliary": 3e6})
+    assert (cell(mine, [record], 3, table="2").measured.value, cell(mine, [record], 3, table="2").verdict) == (
+        55.0,
+        REPRODUCED,
+    )
+    record = counted(head="upernet", size=512, classes=150, params=54e6, metrics={"params_auxiliary": 3e6})
+    assert cell(mine, [record], 3, table="2").measured.value == 57.0  # neither is what is printed
 
 
 def test_what_was_not_measured_says_why(mine, counted):
