@@ -202,7 +202,7 @@ def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> l
         texts.append(_measured(measured, column, derived, mark))
         difference = None if derived else _difference(column, cell.printed, measured)
         rounded = "" if difference is None else f"{difference:+.{1 if column in COSTS else 2}f}"
-        texts.append(("0.0" if rounded == "-0.0" else rounded, difference, True))
+        texts.append((rounded if rounded.strip("+-0.") else rounded.lstrip("+-"), difference, True))
     if column == "gflops" and cell.common is None:  # a derived row
         texts[1:1] = [("", None, True)] * 2
     if column in COSTS:
