@@ -13,6 +13,9 @@ from filelock import FileLock
 
 from .files import write_atomic
 from .ledger import Ledger
+from .papers import Papers
+from .papers import load as load_papers
+from .rebuilt import rebuild
 from .record import SCHEMA_VERSION, STAGES, STATUSES, TASKS, Record
 from .rows import hardware_label, started
 
@@ -36,31 +39,40 @@ class Built:
 
 
 def build(
-    output: Path, *, title: str, description: str = "", keys: Sequence[str] | None = None, messages: Sequence[str] = ()
+    output: Path,
+    *,
+    title: str,
+    description: str = "",
+    keys: Sequence[str] | None = None,
+    messages: Sequence[str] = (),
+    papers: Sequence[str | Path] = (),
 ) -> Built:
     """Write all that is shown of `output/ledger` into `output`; quick when nothing has changed since the last time.
 
     `keys` are the jobs that belong to the suite (default: every record of the ledger). `messages` are lines about the
-    run that the page shows. Raises `OSError` with the path when a file cannot be written.
+    run that the page shows. `papers` are files of paper rows beside those of `results/papers`; what is wrong with one
+    is a message. Raises `OSError` with the path when a file cannot be written.
     """
     output = Path(output)
     ledger = Ledger(output / "ledger")
     records = ledger.records(keys)
+    printed = load_papers(papers)
     content = {
         "title": title,
         "description": description,
-        "messages": list(messages),
+        "messages": [*messages, *printed.problems],
         "missing": len(set(keys) - {record.key for record in records}) if keys is not None else 0,
         "set_aside": [path.name for path in ledger.set_aside()],
     }
-    stamp = _digest(json.dumps(content, sort_keys=True), *(record.to_json() for record in records), _code())
+    own = [Path(path).read_bytes() for path in papers if Path(path).is_file()]
+    stamp = _digest(json.dumps(content, sort_keys=True), *(record.to_json() for record in records), *own, _code())
     output.mkdir(parents=True, exist_ok=True)
     # Two runs of one suite may report at the same time: each file is whole in any case, but they must belong together.
     with FileLock(output / ".report.lock", timeout=LOCK_SECONDS):
         last = _last(output)
         rebuilt = last.get("stamp") != stamp or not _intact(output, last["files"])
         if rebuilt:
-            last = _write(output, records, content, last) | {"stamp": stamp}
+            last = _write(output, records, printed, content, last) | {"stamp": stamp}
             write_atomic(output / STAMP, json.dumps(last, indent=1) + "\n")
     counts = {status: sum(record.status == status for record in records) for status in STATUSES}
     return Built(
@@ -68,18 +80,22 @@ def build(
         files=[output / name for name in last["files"]],
         rebuilt=rebuilt,
         missing=content["missing"],
-        messages=[*ledger.reports, *last["notes"]],
+        messages=[*ledger.reports, *printed.problems, *last["notes"]],
         **counts,
     )
 
 
-def _write(output: Path, records: Sequence[Record], content: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
-    from . import leaderboard, plots, tables  # pandas and matplotlib: not before they are needed
+def _write(
+    output: Path, records: Sequence[Record], printed: Papers, content: dict[str, Any], last: dict[str, Any]
+) -> dict[str, Any]:
+    from . import leaderboard, paper_tables, plots, tables  # pandas and matplotlib: not before they are needed
 
     files = [*leaderboard.write(records, output), *tables.write(records, output / "tables")]
     drawn = plots.draw(records, output / "plots")
     files += [path for plot in drawn.plots for path in plot.files]
-    write_atomic(output / "report.html", _page(records, drawn, content, files, output))
+    rebuilt = paper_tables.write(rebuild(printed, records), printed, output / "tables")
+    write_atomic(output / "report.html", _page(records, drawn, rebuilt, content, files, output))
+    files += rebuilt.files
     files.append(output / "report.html")
     names = {path.relative_to(output).as_posix(): _digest(path.read_bytes()) for path in files}
     for name in last.get("files", {}):
@@ -88,7 +104,9 @@ def _write(output: Path, records: Sequence[Record], content: dict[str, Any], las
     return {"files": names, "notes": drawn.notes}
 
 
-def _page(records: Sequence[Record], drawn: Any, content: dict[str, Any], files: Sequence[Path], output: Path) -> str:
+def _page(
+    records: Sequence[Record], drawn: Any, rebuilt: Any, content: dict[str, Any], files: Sequence[Path], output: Path
+) -> str:
     import jinja2
 
     from . import tables
@@ -104,6 +122,9 @@ def _page(records: Sequence[Record], drawn: Any, content: dict[str, Any], files:
             own = [path for path in files if path.stem.removeprefix("leaderboard_").startswith(kind)]
             links = [path.relative_to(output).as_posix() for path in own if path.suffix != ".svg"]
             sections.append({"id": kind, "table": tables.display(rows, kind), "plots": figures, "links": links})
+    for name, table in rebuilt.displays.items():
+        links = [path.relative_to(output).as_posix() for path in rebuilt.links.get(name, [])]
+        sections.append({"id": name, "table": table, "plots": [], "links": links})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -216,7 +237,7 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _code() -> str:
-    """A digest of this folder's code: another version of it may write other reports."""
+    """A digest of this folder's code and of the papers' rows: another version of them may write other reports."""
     folder = Path(__file__).parent
-    sources = sorted([*folder.glob("*.py"), *(folder / "templates").iterdir()])
+    sources = sorted([*folder.glob("*.py"), *(folder / "templates").iterdir(), *(folder / "papers").iterdir()])
     return _digest(*(path.read_bytes() for path in sources if path.is_file()))

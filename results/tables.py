@@ -230,7 +230,7 @@ def markdown(table: Display) -> str:
         [f"**{_escape_markdown(c)}**" if b else _escape_markdown(c) for c, b in zip(cells, best, strict=True)]
         for cells, best in zip(table.cells, table.best, strict=True)
     ]
-    lines = [_escape_markdown(table.caption) + ". Bold: the best of the column.", ""]
+    lines = [_escape_markdown(table.caption) + _legend(table), ""]
     lines += [line([_escape_markdown(h) for h in table.headings])]
     lines += [line(["---:" if numeric else "---" for numeric in table.numeric]), *map(line, body)]
     if table.footnotes:
@@ -244,7 +244,7 @@ def latex(table: Display, label: str) -> str:
         "% Needs \\usepackage{booktabs} and \\usepackage{graphicx}.",
         "\\begin{table}",
         "  \\centering",
-        f"  \\caption{{{escape_latex(table.caption)}. Bold: the best of the column.}}",
+        f"  \\caption{{{escape_latex(table.caption)}{_legend(table)}}}",
         f"  \\label{{tab:{label}}}",
         "  \\resizebox{\\linewidth}{!}{%",
         f"  \\begin{{tabular}}{{{''.join('r' if numeric else 'l' for numeric in table.numeric)}}}",
@@ -261,6 +261,10 @@ def latex(table: Display, label: str) -> str:
         notes = " \\\\ ".join(escape_latex(f"[{n}] {text}") for n, text in enumerate(table.footnotes, start=1))
         lines.append(f"  \\par\\smallskip\\raggedright\\footnotesize {notes}")
     return "\n".join([*lines, "\\end{table}"]) + "\n"
+
+
+def _legend(table: Display) -> str:
+    return ". Bold: the best of the column." if any(map(any, table.best)) else "."
 
 
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -385,6 +389,10 @@ _LATEX = {
     "[": "{[}",  # Behind a line break it would begin an optional argument.
     "]": "{]}",
     "±": "$\\pm$",
+    "\u00d7": "$\\times$",
+    "→": "$\\to$",
+    "†": "$\\dagger$",
+    "⚗": " (distilled)",
 }
 
 

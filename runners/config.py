@@ -89,6 +89,7 @@ class Config:
     cluster: Cluster = Cluster.local
     output: str = "runs/${suite.name}"
     data_root: str = "data"
+    papers: list[str] = field(default_factory=list)  # CSV files of papers' rows, beside those of results/papers
     plan: bool = False  # print the jobs and run none
 
 

@@ -192,7 +192,10 @@ class Session:
         """The report on everything in the output folder's ledger, whichever stages and models this run was about."""
         from results.report import build
 
-        built = build(self.workplace.output, title=self.config.suite.title, description=self.config.suite.description)
+        suite = self.config.suite
+        built = build(
+            self.workplace.output, title=suite.title, description=suite.description, papers=self.config.papers
+        )
         for message in built.messages:
             self._tell(message)
 

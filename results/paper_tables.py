@@ -1,0 +1,266 @@
+"""The rebuilt tables of the papers on disk and on the page: CSV, Markdown, LaTeX, and what came of all of them."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from .files import write_atomic
+from .papers import Papers
+from .rebuilt import COSTS, REPORTED_ONLY, SCORES, Comparison, Measured, RebuiltRow, RebuiltTable, Summary, summarize
+from .rows import NOT_RUN
+from .tables import Display, latex, markdown
+
+FOLDER = "papers"  # below the tables' folder
+_TITLES = {"params_m": "Params", "gflops": "FLOPs", "top1": "Top-1", "miou": "mIoU", "miou_ms": "mIoU, several scales"}
+_UNITS = {"params_m": "M", "gflops": "G", "top1": "%", "miou": "%", "miou_ms": "%"}
+_WHAT = ("paper", "table", "row", "label", "group", "model", "config", "head", "setting", "dataset")
+Mark = Callable[[str, str], str]  # a text and a note -> the text with the number of its footnote
+_PARTS = ("reported", "recomputed", "measured", "status", "difference", "verdict", "evidence", "note", "record")
+
+# Columns of every rebuilt table's CSV. A number that was not measured is empty, and its status says why. `measured` is
+# in the reported number's unit, FLOPs as the paper counts; `difference` is in percent of the reported number for
+# parameters and FLOPs, in points for accuracies; `recomputed` is what a derived row's printed rows give.
+SCHEMA = (
+    *_WHAT,
+    *("num_classes", "input_size", "cost_input_size", "reported_by", "convention"),
+    *(f"{column}_{part}" for column in (*COSTS, *SCORES) for part in _PARTS),
+    *("gmacs_measured", "gmacs_status", "gmacs_difference"),  # the common convention against the printed FLOPs
+    "source_note",
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write` made: files, and displays for the page (none where no table has a measured number)."""
+
+    files: list[Path]
+    displays: dict[str, Display]  # by the section's name
+    links: dict[str, list[Path]]
+
+
+def write(tables: Sequence[RebuiltTable], papers: Papers, folder: Path) -> Written:
+    """Write the tables with a measured number into `folder`/papers, each as CSV, Markdown and LaTeX, and `index.csv`.
+
+    Without any such table nothing is written. Raises `OSError` with the path when a file cannot be written.
+    """
+    shown = [table for table in tables if table.measured]
+    if not shown:
+        return Written([], {}, {})
+    folder = folder / FOLDER
+    links = []
+    for table in shown:
+        view, name = display(table), stem(table)
+        for suffix, content in {"csv": to_csv(table), "md": markdown(view), "tex": latex(view, name)}.items():
+            write_atomic(folder / f"{name}.{suffix}", content)
+            links.append(folder / f"{name}.{suffix}")
+    index = folder / "index.csv"
+    write_atomic(index, _csv(_INDEX, [_index_line(table) for table in tables]))
+    displays = {"papers": index_display(tables), "verdicts": verdict_display(shown)}
+    displays["conventions"] = conventions_display(papers)
+    displays = {name: view for name, view in displays.items() if view.cells}
+    return Written([*links, index], displays, {"papers": [index, *links]})
+
+
+def stem(table: RebuiltTable) -> str:
+    """The name of a table's files."""
+    return "".join(c if c.isalnum() else "_" for c in f"{table.paper}_table_{table.table}").lower()
+
+
+def to_csv(table: RebuiltTable) -> str:
+    """A rebuilt table with the columns of `SCHEMA`; numbers in full precision, reported ones as printed."""
+    return _csv(SCHEMA, [_line(table, line) for line in table.rows])
+
+
+def display(table: RebuiltTable) -> Display:
+    """A rebuilt table for people: what was printed, what was counted or run here, the difference, and a verdict."""
+    columns = [column for column in (*COSTS, *SCORES) if any(column in line.cells for line in table.rows)]
+    headings = ["Row", "Model", "Data", "Size"]
+    for column in columns:
+        title, unit = _TITLES[column], _UNITS[column]
+        headings.append(f"{title} reported ({unit})")
+        if column == "gflops":
+            headings += ["MACs counted, common (G)", "Difference (%)", "FLOPs counted, the paper's way (G)"]
+        else:
+            headings.append(f"{title} {'counted' if column in COSTS else 'run here'} ({unit})")
+        headings.append("Difference (%)" if column in COSTS else "Difference (points)")
+        headings += ["Verdict"] if column in COSTS else []
+    footnotes: dict[str, int] = {}
+
+    def mark(text: str, note: str) -> str:
+        return f"{text} [{footnotes.setdefault(note, len(footnotes) + 1)}]" if note else text
+
+    cells, values, measured = [], [], []
+    for line in table.rows:
+        texts: list[tuple[str, float | None, bool]] = [(text, None, True) for text in _described(line)]
+        for column in columns:
+            texts += _cells(column, line.cells.get(column), line.row.derived, mark)
+        cells.append([text for text, _, _ in texts])
+        values.append([value for _, value, _ in texts])
+        measured.append([known for _, _, known in texts])
+    numeric = [False] * 4 + ["Verdict" not in heading for heading in headings[4:]]
+    way = f"; FLOPs in the paper's way: {table.convention}" if table.convention else ""
+    return Display(
+        caption=f"{table.paper}, Table {table.table}: as reported, and as counted and run here{way}",
+        headings=headings,
+        numeric=numeric,
+        cells=cells,
+        values=values,
+        best=[[False] * len(headings) for _ in cells],
+        measured=measured,
+        footnotes=list(footnotes),
+    )
+
+
+def index_display(tables: Sequence[RebuiltTable]) -> Display:
+    """What came of each table with a measured number, and of all `tables`: numbers of cells."""
+    headings = ["Paper", "Table", "Column", *(field.name.capitalize() for field in fields(Summary))]
+    lines: list[tuple[str, str, str, Summary]] = []
+    for table in (table for table in tables if table.measured):
+        lines += [(table.paper, table.table, _TITLES[c], s) for c, s in summarize([table]).items() if s.reported]
+    lines += [("all papers", "all", _TITLES[c], s) for c, s in summarize(tables).items() if s.reported]
+    values = [[None] * 3 + [getattr(s, field.name) for field in fields(Summary)] for *_, s in lines]
+    cells = [[*known, *(str(value) for value in row[3:])] for (*known, _), row in zip(lines, values, strict=True)]
+    caption = "Cells of the papers' tables: reported, measured here, reproduced to the printed precision, explained"
+    return _plain(caption + " by a verdict, still differing", headings, cells, values)
+
+
+def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
+    """Every cell that does not come out, with what is known of it; and those that differ without an explanation."""
+    cells: dict[tuple, list[str]] = {}  # a printed row that is split by data set is shown once
+    for table in tables:
+        for line in table.rows:
+            for column, cell in line.cells.items():
+                if cell.reproduced or not (cell.verdict or (column in COSTS and cell.known)):
+                    continue
+                printed, best = cell.printed, cell.measured if cell.measured.value is not None else cell.common
+                counted = _number(best.value, column) if best and best.value is not None else cell.measured.status
+                where = [table.paper, table.table, line.row.label, _TITLES[column], printed, counted]
+                key = (table.paper, table.table, line.row.printed, *where[2:])
+                cells.setdefault(key, [*where, cell.verdict or "differs", cell.evidence])
+    headings = ["Paper", "Table", "Row", "Column", "Reported", "Measured", "Verdict", "Evidence"]
+    return _plain("Printed numbers that are not reproduced, and derived rows recomputed", headings, [*cells.values()])
+
+
+def conventions_display(papers: Papers) -> Display:
+    """How each paper counted its FLOPs."""
+    cells = [[c.paper, ", ".join(c.tables), c.name, c.text] for c in papers.conventions]
+    return _plain(
+        "How the papers counted what they call FLOPs", ["Paper", "Tables", "Convention", "What counts"], cells
+    )
+
+
+_INDEX = ("paper", "table", "convention", "rows", "file")
+_INDEX += tuple(f"{column}_{field.name}" for column in (*COSTS, *SCORES) for field in fields(Summary))
+
+
+def _index_line(table: RebuiltTable) -> dict[str, object]:
+    line: dict[str, object] = {"paper": table.paper, "table": table.table, "convention": table.convention}
+    line |= {"rows": len(table.rows), "file": f"{stem(table)}.csv" if table.measured else ""}
+    for column, summary in summarize([table]).items():
+        line |= {f"{column}_{field.name}": getattr(summary, field.name) for field in fields(Summary)}
+    return line
+
+
+def _plain(
+    caption: str, headings: list[str], cells: list[list[str]], values: list[list[float | None]] | None = None
+) -> Display:
+    numeric = [bool(values) and any(v is not None for v in column) for column in zip(*values or [[]], strict=True)]
+    flags = [[False] * len(headings) for _ in cells]
+    return Display(
+        caption=caption,
+        headings=headings,
+        numeric=numeric or [False] * len(headings),
+        cells=cells,
+        values=values or [[None] * len(headings) for _ in cells],
+        best=flags,
+        measured=[[True] * len(headings) for _ in cells],
+        footnotes=[],
+    )
+
+
+def _described(line: RebuiltRow) -> list[str]:
+    """Label, model with configuration and head, data, and the size (that of the cost behind a stroke, if another)."""
+    row = line.row
+    config = ", ".join(f"{name}={json.dumps(value)}" for name, value in (row.config or {}).items())
+    model = " + ".join(filter(None, [f"{row.model} ({config})" if config else row.model, row.head]))
+    sizes = dict.fromkeys(f"{h}x{w}" for h, w in filter(None, (row.input_size, row.cost_input_size)))
+    return [row.label, model, row.texts.get("dataset", ""), " / cost ".join(sizes)]
+
+
+def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> list[tuple[str, float | None, bool]]:
+    """The texts of one number under its headings, the values behind them, and whether they are numbers at all."""
+    width = {"params_m": 4, "gflops": 6}.get(column, 3)
+    if cell is None:
+        return [("", None, True)] * width
+    note = cell.verdict if derived and column in SCORES else ""
+    reported = None if derived else float(cell.printed)
+    texts = [(mark(cell.printed, note), reported, True)]
+    for measured in filter(None, (cell.common, cell.measured) if column == "gflops" else (cell.measured,)):
+        texts.append(_measured(measured, column, derived, mark))
+        difference = None if derived else _difference(column, cell.printed, measured)
+        rounded = "" if difference is None else f"{difference:+.{1 if column in COSTS else 2}f}"
+        texts.append((rounded if rounded.strip("+-0.") else rounded.lstrip("+-"), difference, True))
+    if column == "gflops" and cell.common is None:  # a derived row
+        texts[1:1] = [("", None, True)] * 2
+    if column in COSTS:
+        verdict = cell.verdict or ("differs" if cell.known else "")
+        texts.append((mark(verdict, cell.evidence if not cell.reproduced else ""), None, True))
+    return texts
+
+
+def _measured(measured: Measured, column: str, derived: bool, mark: Mark) -> tuple[str, float | None, bool]:
+    if measured.value is None:
+        note = "" if measured.status in ("", NOT_RUN, REPORTED_ONLY) else measured.reason
+        return mark(measured.status, note), None, False
+    if derived:
+        text = f"{measured.value:+.1f}%" if column in COSTS else f"{measured.value:+.2f}"
+        return text, measured.value, True
+    return mark(_number(measured.value, column), measured.reason), measured.value, True
+
+
+def _number(value: float, column: str) -> str:
+    return f"{value:,.3f}" if column in COSTS else f"{value:.2f}"
+
+
+def _difference(column: str, printed: str, measured: Measured) -> float | None:
+    if measured.value is None:
+        return None
+    reported = float(printed)
+    return (measured.value / reported - 1) * 100 if column in COSTS else measured.value - reported
+
+
+def _line(table: RebuiltTable, line: RebuiltRow) -> dict[str, object]:
+    row = line.row
+    sizes = {"input_size": row.input_size, "cost_input_size": row.cost_input_size}
+    out: dict[str, object] = {name: getattr(row, name, "") or row.texts.get(name, "") for name in _WHAT}
+    out |= {name: f"{size[0]}x{size[1]}" if size else "" for name, size in sizes.items()}
+    out |= {"config": json.dumps(row.config) if row.config != {} else "", "num_classes": row.num_classes}
+    out |= {"reported_by": row.texts.get("reported_by", ""), "convention": table.convention}
+    out["source_note"] = row.texts.get("note", "")
+    for column, cell in line.cells.items():
+        out |= {
+            f"{column}_reported": cell.printed,
+            f"{column}_recomputed": cell.recomputed,
+            f"{column}_measured": cell.measured.value,
+            f"{column}_status": cell.measured.status,
+            f"{column}_difference": None if row.derived else _difference(column, cell.printed, cell.measured),
+            f"{column}_verdict": cell.verdict,
+            f"{column}_evidence": cell.evidence,
+            f"{column}_note": cell.measured.reason,
+            f"{column}_record": cell.measured.key,
+        }
+        if cell.common is not None:
+            out |= {"gmacs_measured": cell.common.value, "gmacs_status": cell.common.status}
+            out["gmacs_difference"] = _difference(column, cell.printed, cell.common)
+    return out
+
+
+def _csv(columns: Sequence[str], lines: Iterable[dict[str, object]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return buffer.getvalue()

@@ -1,0 +1,285 @@
+"""The papers' tables rebuilt: every printed number beside what the ledger has for the same network and setting."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from statistics import fmean
+from typing import Any
+
+from .papers import PaperRow, Papers, normalized
+from .record import Record
+from .rows import NOT_RUN, join, started
+
+COUNTED, RUN_HERE, REPORTED_ONLY = "counted", "run here", "reported only"
+REPRODUCED, CUT, COMMON = "reproduced", "reproduced (cut, not rounded)", "reproduced (common convention)"
+FOLLOWS = "follows from the rows"
+COSTS, SCORES = ("params_m", "gflops"), ("top1", "miou", "miou_ms")
+_METRIC = {"top1": "top1", "miou": "mIoU"}  # of a record, by column
+# Fields of a configuration that make no other network: its size, its training, and which maps a head reads.
+_NEUTRAL = {"img_size", "strict_img_size", "drop_path_rate", "dense_init"}
+_NEUTRAL |= {"out_indices", "feature_location", "published_taps"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known here of a printed number. `value` is in the printed unit, None unless COUNTED or RUN_HERE."""
+
+    status: str = NOT_RUN  # COUNTED, RUN_HERE, NOT_RUN, REPORTED_ONLY, blocked, failed; empty where it does not apply
+    value: float | None = None
+    reason: str = ""  # why there is no value, or what to know of it
+    key: str = ""  # of the record
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One printed number and what was measured."""
+
+    printed: str
+    measured: Measured  # of FLOPs: counted as the paper counts
+    common: Measured | None = None  # of FLOPs: MACs in the convention common to all models
+    recomputed: str = ""  # of a derived row: what the printed rows give
+    verdict: str = ""
+    evidence: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self.measured.value is not None or (self.common is not None and self.common.value is not None)
+
+    @property
+    def reproduced(self) -> bool:
+        return self.verdict in (REPRODUCED, CUT, COMMON)
+
+
+@dataclass(frozen=True)
+class RebuiltRow:
+    """A row of a paper's table with what was measured, by column."""
+
+    row: PaperRow
+    cells: Mapping[str, Comparison]
+
+
+@dataclass(frozen=True)
+class RebuiltTable:
+    """A paper's table."""
+
+    paper: str
+    table: str
+    convention: str  # that the paper counted in; empty where it is not known
+    rows: list[RebuiltRow] = field(default_factory=list)
+
+    @property
+    def measured(self) -> bool:
+        """Whether any number of a row that is not derived was measured."""
+        return any(cell.known for line in self.rows if not line.row.derived for cell in line.cells.values())
+
+
+@dataclass
+class Summary:
+    """Cells of one column; a printed row that covers several data sets is one cell."""
+
+    reported: int = 0
+    measured: int = 0
+    reproduced: int = 0  # to the printed precision
+    explained: int = 0  # with a verdict in place of that
+    differing: int = 0  # measured, neither reproduced nor explained (parameters and FLOPs only)
+
+
+def rebuild(papers: Papers, records: Iterable[Record]) -> list[RebuiltTable]:
+    """All tables with parameters, FLOPs, top-1 or mIoU, in the order of the papers' files."""
+    ledger = _Ledger(records)
+    tables = []
+    for (paper, name), rows in papers.tables().items():
+        table = RebuiltTable(paper, name, papers.convention(paper, name))
+        lines: dict[int, RebuiltRow] = {}
+        for row in rows:
+            if not row.derived:
+                lines[row.row] = RebuiltRow(row, _compare(row, papers, ledger))
+        for row in rows:
+            if row.derived:
+                lines[row.row] = RebuiltRow(row, _derive(row, lines))
+        table.rows.extend(lines[row.row] for row in rows)
+        if any(line.cells for line in table.rows):
+            tables.append(table)
+    return tables
+
+
+def summarize(tables: Iterable[RebuiltTable], reported_by: str = "") -> dict[str, Summary]:
+    """The cells of `tables` by column, of all rows or of those that the paper's authors measured ("own")."""
+    summaries = {column: Summary() for column in (*COSTS, *SCORES)}
+    for table in tables:
+        seen = set()
+        for line in table.rows:
+            if line.row.derived or reported_by not in ("", line.row.texts.get("reported_by")):
+                continue
+            for column, cell in line.cells.items():
+                if (mark := (column, line.row.printed, cell.printed, line.row.head)) in seen and column in COSTS:
+                    continue
+                seen.add(mark)
+                summary = summaries[column]
+                explained = bool(cell.verdict) and not cell.reproduced
+                summary.reported += 1
+                summary.measured += cell.known
+                summary.reproduced += cell.reproduced
+                summary.explained += explained
+                summary.differing += column in COSTS and cell.known and not cell.verdict
+    return summaries
+
+
+def reproduced(printed: str, value: float | Fraction) -> str:
+    """REPRODUCED where `value` rounds to what is printed, CUT where its further digits were dropped, else empty."""
+    exact, number = Fraction(str(value)), Fraction(printed)
+    scale = 10 ** len(printed.partition(".")[2])
+    if exact * number < 0:
+        return ""
+    scaled, target = abs(exact) * scale, abs(number) * scale
+    if int(scaled + Fraction(1, 2)) == target:
+        return REPRODUCED
+    return CUT if int(scaled) == target else ""
+
+
+class _Ledger:
+    """Records by what they measured."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.found: dict[tuple[str, str, str], list[Record]] = {}
+        for record in records:
+            name = str(record.job.get("model") or record.model)
+            self.found.setdefault((record.task, name, record.head or ""), []).append(record)
+
+    def cost(self, row: PaperRow) -> Record | None:
+        """The latest cost record of the row's network, size and classes; a done one before any other."""
+        fitting = [
+            record
+            for record in self._of(row)
+            if record.stage == "cost"
+            and tuple(record.input_size) == row.size_of_cost
+            and row.num_classes in (None, record.job.get("num_classes", row.num_classes))
+        ]
+        return max(fitting, key=lambda record: (record.done, started(record)), default=None)
+
+    def trained(self, row: PaperRow) -> list[Record]:
+        """Trainings and evaluations of the row's network on its data and, where it says one, at its size."""
+        data = re.compile(re.escape(normalized(row.texts.get("dataset", ""))) + r"\d*k?")
+        return [
+            record
+            for record in self._of(row)
+            if record.stage in ("train", "evaluate")
+            and data.fullmatch(normalized((record.data or "").partition("@")[0]))
+            and row.input_size in (None, tuple(record.input_size))
+        ]
+
+    def _of(self, row: PaperRow) -> list[Record]:
+        records = self.found.get((row.task, row.model, row.head), [])
+        return [record for record in records if _same_network(row, record.job)]
+
+
+def _same_network(row: PaperRow, job: Mapping[str, Any]) -> bool:
+    def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: _collapsed(value) for name, value in config.items() if name not in _NEUTRAL}
+
+    head = job.get("head_config") or {}
+    fits = all(name in head and head[name] == value for name, value in row.head_config.items())
+    return fits and plain(row.config or {}) == plain(job.get("model_config") or {})
+
+
+def _collapsed(value: Any) -> Any:
+    """One number for all branches is the same as that number for each."""
+    alike = isinstance(value, list | tuple) and value and all(item == value[0] for item in value)
+    return value[0] if alike else list(value) if isinstance(value, tuple) else value
+
+
+def _compare(row: PaperRow, papers: Papers, ledger: _Ledger) -> dict[str, Comparison]:
+    cells: dict[str, Comparison] = {}
+    record = ledger.cost(row) if row.buildable else None
+    for column in (*COSTS, *SCORES):
+        if not (printed := row.cells.get(column)):
+            continue
+        common = None
+        if column in SCORES:
+            measured = _score(row, column, ledger)
+        elif column == "params_m":
+            measured = _params(row, record, printed)
+        else:
+            common = _cost(row, record, "macs", 1e9)
+            measured = _cost(row, record, "macs_paper", 1e9) if common.value is not None else common
+        known = papers.verdicts.get((row.paper, row.table, row.row, column))
+        verdict, evidence = (known.verdict, known.evidence) if known else ("", "")
+        if column in COSTS and measured.value is not None and (own := reproduced(printed, measured.value)):
+            verdict = own
+        elif common and common.value is not None and reproduced(printed, common.value):
+            verdict = COMMON
+        cells[column] = Comparison(printed, measured, common, verdict=verdict, evidence=evidence)
+    return cells
+
+
+def _absent(row: PaperRow, possible: bool) -> Measured:
+    if not possible:
+        return Measured(REPORTED_ONLY, reason="nothing here builds or trains this row")
+    return Measured(NOT_RUN, reason="no record of it yet")
+
+
+def _cost(row: PaperRow, record: Record | None, metric: str, unit: float) -> Measured:
+    if record is None:
+        return _absent(row, row.buildable)
+    if not record.done:
+        return Measured(record.status, reason=str(record.reason), key=record.key)
+    if metric not in record.metrics:
+        return Measured("", reason="the model's family has no counting convention of its own", key=record.key)
+    return Measured(COUNTED, record.metrics[metric] / unit, key=record.key)
+
+
+def _params(row: PaperRow, record: Record | None, printed: str) -> Measured:
+    """Parameters with the auxiliary head, as papers print them, or without it where only that is what is printed."""
+    bare = _cost(row, record, "params", 1e6)
+    extra = record.metrics.get("params_auxiliary", 0) / 1e6 if record is not None else 0
+    if bare.value is None or not extra:
+        return bare
+    whole = Measured(COUNTED, bare.value + extra, "with the auxiliary head", bare.key)
+    return bare if reproduced(printed, bare.value) and not reproduced(printed, whole.value) else whole
+
+
+def _score(row: PaperRow, column: str, ledger: _Ledger) -> Measured:
+    records = ledger.trained(row) if row.trainable and column in _METRIC else []
+    found = join(records, row.task) if records else []
+    if not found:
+        return _absent(row, row.trainable)
+    cell = found[0].metric  # the best, where there are several recipes
+    if cell.value is None:
+        return Measured(cell.status, reason=cell.reason)
+    reason = f"the best of {len(found)} recipes" if len(found) > 1 else ""
+    return Measured(RUN_HERE, cell.value, reason, next(r.key for r in records if r.stage == "evaluate"))
+
+
+def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow]) -> dict[str, Comparison]:
+    """The row's differences, from the printed rows and from the measured ones (FLOPs as the paper counts if known)."""
+    cells = {}
+    for column, printed in row.deltas.items():
+        percent = column in COSTS
+        own, others = ([lines[n].cells.get(column) for n in numbers if n in lines] for numbers in (row.own, row.others))
+        if None in own or None in others or not own or not others:
+            cells[column] = Comparison(printed, Measured("", reason="a row that it compares has no such number"))
+            continue
+        given = _difference([Fraction(c.printed) for c in own], [Fraction(c.printed) for c in others], percent)
+        fits = reproduced(printed.strip("+%"), given)
+        digits = len(printed.strip("%").partition(".")[2])
+        recomputed = f"{float(given):+.{digits}f}" + ("%" if percent else "")
+        values = [[_best(cell) for cell in cells_] for cells_ in (own, others)]
+        if any(value is None for group in values for value in group):
+            measured = Measured(NOT_RUN, reason="a row that it compares was not measured")
+        else:
+            status = COUNTED if percent else RUN_HERE
+            measured = Measured(status, float(_difference(values[0], values[1], percent)))
+        verdict = {REPRODUCED: FOLLOWS, CUT: f"{FOLLOWS} (cut, not rounded)"}.get(fits, f"the rows give {recomputed}")
+        cells[column] = Comparison(printed, measured, recomputed=recomputed, verdict=verdict)
+    return cells
+
+
+def _best(cell: Comparison) -> float | None:
+    return cell.measured.value if cell.measured.value is not None or cell.common is None else cell.common.value
+
+
+def _difference(own: Sequence[Any], others: Sequence[Any], percent: bool) -> Any:
+    mean = (lambda values: sum(values) / len(values)) if isinstance(own[0], Fraction) else fmean
+    return (mean(own) / mean(others) - 1) * 100 if percent else mean(own) - mean(others)

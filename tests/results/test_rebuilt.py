@@ -1,0 +1,253 @@
+"""The papers' tables rebuilt from made-up ledgers: what is joined, what is not, and how it is shown."""
+
+import csv
+import io
+
+import pytest
+
+from results import paper_tables, papers, report, tables
+from results.ledger import Ledger
+from results.rebuilt import COMMON, CUT, REPRODUCED, rebuild, reproduced, summarize
+
+HEADER = "paper,table,row,label,model,config,framework,head,head_config,setting,dataset,num_classes,input_size,"
+HEADER += "cost_input_size,params_m,gflops,top1,miou,other,derived,reported_by\n"
+MINE = """\
+mine,1,1,Mine-S,mine_s,,,,,,ImageNet-1K,1000,224x224,,20.0,4.6,80.0,,,,own
+mine,1,2,Mine-S wide,mine_s,"{""width"": [3, 3]}",,,,,ImageNet-1K,1000,224x224,,30.0,9.2,81.0,,,,own
+mine,1,3,Theirs,theirs,,,,,,ImageNet-1K,1000,224x224,,40.0,8.0,79.0,,,,other
+mine,1,4,Nobody's,,,,,,,ImageNet-1K,1000,224x224,,50.0,9.0,82.5,,,,other
+mine,1,5,Other blocks,mine_s,null,,,,,ImageNet-1K,1000,224x224,,21.0,4.8,80.5,,,,own
+mine,1,6,Average,,,,,,,ImageNet-1K,,,,,,,,delta_params=-37.5%;delta_top1=+1.50,"{""own"": [1, 2], ""others"": [3]}",own
+mine,2,1,Mine-S,mine_s,,SegFormer,segformer,"{""channels"": 768}",,Cityscapes,19,1024x1024,512x512,25.0,50.4,,78.0,,,own
+mine,2,2,Mine-S,mine_s,,MAE,,,pre-training MAE,ImageNet-1K,1000,224x224,,20.0,4.6,83.0,,,,own
+mine,2,3,Mine-S,mine_s,,UPerNet,upernet,,,ADE20K,150,512x512,,55.0,230,,45.0,printed_row=3,,own
+mine,2,4,Mine-S,mine_s,,UPerNet,upernet,,,Cityscapes,150,512x512,,55.0,230,,75.0,printed_row=3,,own
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    folder = tmp_path / "papers"
+    folder.mkdir()
+    (folder / "mine.csv").write_text(HEADER + MINE)
+    (folder / papers.CONVENTIONS).write_text("paper,tables,convention,text\nmine,1 2,hivit,as HiViT\n")
+    verdicts = "mine,1,1,gflops,misprint,never used\nmine,1,2,gflops,misprint,twice\nmine,1,4,params_m,quoted,them\n"
+    (folder / papers.VERDICTS).write_text("paper,table,row,column,verdict,evidence\n" + verdicts)
+    return papers.load(folder=folder)
+
+
+@pytest.fixture
+def counted(record):
+    """A cost record of `model` as a suite leaves it; the label in the suite is another name."""
+
+    def make(model="mine_s", size=224, params=20.04e6, macs=4.5e9, head=None, **changes):
+        job = {"model": model, "num_classes": changes.pop("classes", 1000), "model_config": changes.pop("config", {})}
+        job["head_config"] = changes.pop("head_config", {})
+        metrics = {"params": params, "macs": macs, "activations": 1} | changes.pop("metrics", {})
+        task = "segmentation" if head else "classification"
+        key = f"{model}-{size}-{head}-{len(str(changes))}"
+        content = {"key": key, "metrics": metrics, "head": head, "input_size": [size, size], "job": job}
+        return record("cost", task, f"{model} of the suite", **(content | changes))
+
+    return make
+
+
+def rebuilt(loaded, records):
+    return {
+        (table.paper, table.table): {line.row.row: line for line in table.rows} for table in rebuild(loaded, records)
+    }
+
+
+def cell(loaded, records, row, column="params_m", table="1"):
+    return rebuilt(loaded, records)["mine", table][row].cells[column]
+
+
+@pytest.mark.parametrize(
+    ("printed", "value", "verdict"),
+    [
+        ("19.7", 19.685152, REPRODUCED),
+        ("19.7", 19.75, CUT),  # rounds to 19.8
+        ("35.9", 35.9521, CUT),
+        ("35.9", 36.0, ""),
+        ("15.9", 15.8467, ""),
+        ("2.7", 2.65, REPRODUCED),
+        ("86", 86.567656, CUT),
+        ("87", 86.567656, REPRODUCED),
+        ("1119.9", 1119.86344, REPRODUCED),
+        ("66.78", 66.789, CUT),
+        ("-0.3", 0.3, ""),
+    ],
+)
+def test_reproduced_to_the_printed_precision(printed, value, verdict):
+    assert reproduced(printed, value) == verdict
+
+
+def test_a_row_is_joined_to_its_network_size_and_classes(mine, counted):
+    record = counted(metrics={"macs_paper": 4.62e9})
+    params, flops = (cell(mine, [record], 1, column) for column in ("params_m", "gflops"))
+    assert (params.measured.status, params.measured.value, params.verdict) == ("counted", 20.04, REPRODUCED)
+    assert params.measured.key == record.key
+    assert (flops.common.value, flops.measured.value, flops.verdict) == (4.5, 4.62, REPRODUCED)
+    for other in (
+        counted("mine_b"),
+        counted(size=256),
+        counted(classes=100),
+        counted(config={"width": 3}),
+        counted(head="segformer"),
+    ):
+        assert cell(mine, [other], 1).measured.status == "not run"
+    neutral = counted(config={"img_size": 224, "drop_path_rate": 0.2})
+    assert cell(mine, [neutral], 1).known
+    assert not cell(mine, [neutral], 2).known
+    assert cell(mine, [counted(config={"width": 3})], 2).known  # 3 for all branches is [3, 3]
+
+
+def test_the_head_its_settings_and_the_size_of_the_cost_decide(mine, counted):
+    common = {"head": "segformer", "size": 512, "classes": 19, "macs": 50.43e9}
+    assert cell(mine, [counted(head_config={"channels": 768}, **common)], 1, "gflops", "2").common.value == 50.43
+    assert not cell(mine, [counted(head_config={"channels": 256}, **common)], 1, "gflops", "2").known
+    assert not cell(mine, [counted(head_config={"channels": 768}, **common | {"size": 1024})], 1, table="2").known
+
+
+def test_an_auxiliary_head_is_counted_where_the_print_has_it(mine, counted):
+    record = counted(head="upernet", size=512, classes=150, params=52e6, metrics={"params_auxiliary": 3e6})
+    measured = cell(mine, [record], 3, table="2").measured
+    assert (measured.value, measured.reason) == (55.0, "with the auxiliary head")
+    record = counted(head="upernet", size=512, classes=150, params=55e6, metrics={"params_auxiliary": 3e6})
+    assert (cell(mine, [record], 3, table="2").measured.value, cell(mine, [record], 3, table="2").verdict) == (
+        55.0,
+        REPRODUCED,
+    )
+    record = counted(head="upernet", size=512, classes=150, params=54e6, metrics={"params_auxiliary": 3e6})
+    assert cell(mine, [record], 3, table="2").measured.value == 57.0  # neither is what is printed
+
+
+def test_what_was_not_measured_says_why(mine, counted):
+    failed = counted("theirs", status="failed", reason="cannot take 224x224", metrics={})
+    lines = rebuilt(mine, [failed])["mine", "1"]
+    status = {number: line.cells["params_m"].measured for number, line in lines.items()}
+    assert {n: m.status for n, m in status.items()} == {
+        **{1: "not run", 2: "not run", 3: "failed"},
+        **{4: "reported only", 5: "reported only", 6: "not run"},
+    }
+    assert status[3].reason == "cannot take 224x224"
+    assert all(measured.value is None for measured in status.values())
+    done = counted("theirs", provenance={"started": "2026-01-01"})
+    assert cell(mine, [done, failed], 3).known  # a done record before a later failure
+
+
+def test_verdicts_give_way_to_a_reproduced_number(mine, counted):
+    wide = counted(config={"width": [3, 3]}, macs=9.0e9)
+    lines = rebuilt(mine, [counted(macs=4.63e9), wide])["mine", "1"]
+    assert lines[1].cells["gflops"].verdict == COMMON
+    assert (lines[2].cells["gflops"].verdict, lines[2].cells["gflops"].evidence) == ("misprint", "twice")
+    assert lines[2].cells["params_m"].verdict == ""  # differs, and nobody knows why
+    assert lines[4].cells["params_m"].verdict == "quoted"
+
+
+def test_accuracies_are_those_of_the_same_data_and_training(mine, record):
+    def trained(task, data, size, **changes):
+        job = {"model": "mine_s", "model_config": {}, "head_config": {"channels": 768}}
+        head = "segformer" if task == "segmentation" else None
+        metrics = {"top1": 79.5} if task == "classification" else {"mIoU": 77.0}
+        common = {"data": data, "input_size": [size, size], "job": job, "head": head, "metrics": metrics}
+        return record("evaluate", task, **(common | changes))
+
+    good = trained("classification", "imagenet1k@1", 224)
+    top1 = cell(mine, [good], 1, "top1")
+    assert (top1.measured.status, top1.measured.value, top1.measured.key) == ("run here", 79.5, good.key)
+    seeds = [good, trained("classification", "imagenet1k@1", 224, seed=1, key="b", metrics={"top1": 80.5})]
+    assert cell(mine, seeds, 1, "top1").measured.value == 80.0
+    for other in (trained("classification", "digits@1", 224), trained("classification", "imagenet1k@1", 96)):
+        assert cell(mine, [other], 1, "top1").measured.status == "not run"
+    assert cell(mine, [good], 2, "top1", "2").measured.status == "reported only"  # the row was pre-trained otherwise
+    assert cell(mine, [trained("segmentation", "cityscapes@2", 1024)], 1, "miou", "2").measured.value == 77.0
+    assert not cell(mine, [trained("segmentation", "cityscapes@2", 512)], 1, "miou", "2").known
+
+
+def test_derived_rows_are_recomputed_from_both(mine, counted):
+    records = [counted(), counted(config={"width": 3}, params=30.2e6)]
+    row = rebuilt(mine, records)["mine", "1"][6]
+    assert row.cells["params_m"].verdict == row.cells["top1"].verdict == "follows from the rows"
+    assert row.cells["params_m"].measured.status == "not run"
+    row = rebuilt(mine, [*records, counted("theirs", params=41.0e6)])["mine", "1"][6]
+    assert row.cells["params_m"].measured.value == pytest.approx((25.12 / 41.0 - 1) * 100)
+    assert row.cells["params_m"].recomputed == "-37.5%"
+    assert row.cells["top1"].measured.value is None
+
+
+def test_cells_are_counted_once(mine, counted):
+    found = summarize(rebuild(mine, [counted(macs=4.7e9), counted("theirs", params=44e6)]))
+    params, flops = found["params_m"], found["gflops"]
+    assert (params.reported, flops.reported) == (8, 8)  # the row that is split by data set is one
+    assert (params.measured, params.reproduced, params.explained, params.differing) == (3, 2, 1, 1)
+    # The verdict on Mine-S stands, since 4.7 is not 4.6; in Table 2 the same number differs without one.
+    assert (flops.measured, flops.reproduced, flops.explained, flops.differing) == (3, 0, 2, 2)
+    assert summarize(rebuild(mine, []), "other")["params_m"].reported == 2
+
+
+def test_tables_on_disk(mine, counted, tmp_path):
+    assert paper_tables.write(rebuild(mine, []), mine, tmp_path / "none").files == []
+    assert not (tmp_path / "none").exists()
+    written = paper_tables.write(rebuild(mine, [counted(), counted("theirs")]), mine, tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in written.files}
+    assert names == {"papers/index.csv", *(f"papers/mine_table_{n}.{s}" for n in "12" for s in ("csv", "md", "tex"))}
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "papers/mine_table_1.csv").read_text())))
+    assert list(lines[0]) == list(paper_tables.SCHEMA)
+    assert (lines[0]["params_m_reported"], lines[0]["params_m_measured"], lines[0]["convention"]) == (
+        "20.0",
+        "20.04",
+        "hivit",
+    )
+    for line in lines:
+        for column in ("params_m", "gflops", "top1"):
+            assert bool(line[f"{column}_measured"]) == (line[f"{column}_status"] in ("counted", "run here"))
+    index = list(csv.DictReader(io.StringIO((tmp_path / "papers/index.csv").read_text())))
+    assert [(line["table"], line["rows"], line["params_m_measured"]) for line in index] == [
+        ("1", "6", "2"),
+        ("2", "4", "1"),
+    ]
+    text = (tmp_path / "papers/mine_table_1.tex").read_text()
+    assert "\\toprule" in text
+    assert "Bold" not in text
+
+
+def test_a_table_for_people_tells_measured_from_reported(mine, counted):
+    table, _ = rebuild(mine, [counted(), counted("theirs", status="blocked", reason="no weights", metrics={})])
+    view = paper_tables.display(table)
+    assert {len(row) for row in view.cells} == {len(view.headings)} == {len(view.numeric)}
+    at = view.headings.index("Params counted (M)")
+    assert [row[at] for row in view.cells] == [
+        "20.040",
+        "not run",
+        "blocked [3]",
+        "reported only",
+        "reported only",
+        "not run",
+    ]
+    assert [row[at] for row in view.measured] == [True, False, False, False, False, False]
+    assert view.footnotes == ["never used", "twice", "no weights", "them", "follows from the rows"]
+    assert [row[at - 1] for row in view.cells][-1] == "-37.5%"
+    assert view.cells[0][at + 1 : at + 3] == ["+0.2", REPRODUCED]
+    assert "| Mine-S | mine_s | ImageNet-1K | 224x224 | 20.0 | 20.040 |" in tables.markdown(view)
+
+
+def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counted, tmp_path):
+    output = tmp_path / "out"
+    Ledger(output / "ledger").put(counted())
+    good, bad = tmp_path / "papers" / "mine.csv", tmp_path / "bad.csv"
+    bad.write_text(HEADER + "bad,1,1,X" + "," * 12 + "4.6" + "," * 5 + "\n")
+    built = report.build(output, title="A", papers=[good, bad])
+    assert [message for message in built.messages if "bad.csv" in message] == [
+        f"Paper left out: {bad}, line 2: gflops is 4.6, but there is no input_size"
+    ]
+    assert output / "tables/papers/mine_table_1.md" in built.files
+    page = built.report.read_text()
+    for section in ("papers", "verdicts", "conventions"):
+        assert page.count(f'id="{section}"') == 1
+    assert "tables/papers/mine_table_1.csv" in page
+    assert not report.build(output, title="A", papers=[good, bad]).rebuilt
+    good.write_text(HEADER + MINE.replace("Mine-S,", "Mine-T,"))
+    assert report.build(output, title="A", papers=[good, bad]).rebuilt
+    assert "tables/papers" not in report.build(output, title="A").report.read_text()
+    assert not (output / "tables/papers/mine_table_1.md").exists()
