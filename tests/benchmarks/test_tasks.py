@@ -199,13 +199,15 @@ def ade20k(tmp_path_factory) -> Path:
     return root
 
 
-def test_ade20k_in_miniature(ade20k, tmp_path, monkeypatch):
+@pytest.mark.parametrize("head", ["segformer", "upernet", "ocr"])
+def test_ade20k_in_miniature(head, ade20k, tmp_path, monkeypatch):
     """The suite's own recipe, shortened, trains and evaluates on data in ADE20K's layout."""
     job = next(job for job in jobs("ade20k_segformer") if job.label == "mit_b0")
     recipe = dataclasses.replace(job.recipe, iterations=3, warmup_iterations=1, batch_size=2, workers=0)
     recipe.augmentation = {**recipe.augmentation, "resize": [128, 64]}
     recipe.evaluation = {**recipe.evaluation, "resize": [128, 64]}
-    job = dataclasses.replace(job, model="test_mit", label="test_mit", input_size=(64, 64), recipe=recipe)
+    small = {"model": "test_mit", "label": "test_mit", "input_size": (64, 64), "head_config": {"channels": 32}}
+    job = dataclasses.replace(job, head=head, recipe=recipe, **small)
 
     dataset = segmentation._dataset(job, ade20k, training=False)
     assert isinstance(dataset, ADE20KDataset)
