@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -13,7 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
-from mmseg.models import EncoderDecoder, SegformerHead
+from mmseg.models import EncoderDecoder
 from mmseg.structures import SegDataSample
 from omegaconf import OmegaConf
 
@@ -24,16 +26,31 @@ from benchmarks.engine import Context
 from benchmarks.job import Job, Recipe
 from benchmarks.measure import measure
 from benchmarks.optimizer import build_optimizer
-from runners.config import register
+from runners.config import Config, register
 from runners.plan import make_jobs
 from runners.run import CONF
 
+SUITES = sorted(path.stem for path in (CONF / "suite").glob("*.yaml"))
 
-def jobs(suite: str, stage: str = "train") -> list[Job]:
+
+@cache
+def configuration(suite: str) -> Config:
     register()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", [f"suite={suite}"]))
-    return [job for job in make_jobs(config) if job.stage == stage]
+        return OmegaConf.to_object(compose("config", [f"suite={suite}"]))
+
+
+def jobs(suite: str, stage: str = "train") -> list[Job]:
+    return [job for job in make_jobs(configuration(suite)) if job.stage == stage]
+
+
+def different() -> list[Job]:
+    """A job for each network that any suite names, whatever its size and number of classes."""
+    found: dict[str, Job] = {}
+    for job in (job for suite in SUITES for job in jobs(suite, "cost")):
+        content = [job.task, job.model, job.model_config, job.head, job.head_config]
+        found.setdefault(json.dumps(content, sort_keys=True), job)
+    return list(found.values())
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +58,28 @@ def scope():
     init_default_scope("mmseg")
 
 
-@pytest.mark.parametrize("job", [*jobs("demo"), *jobs("ade20k_segformer")], ids=lambda job: job.key)
-def test_every_job_of_every_suite_builds(job):
+@pytest.mark.parametrize("job", different(), ids=lambda job: job.key)
+def test_every_network_of_every_suite_builds(job):
     """Without weights; the maps fit the head, and the logits the classes."""
-    small, images = dataclasses.replace(job, input_size=(64, 64)), torch.zeros(1, 3, 64, 64, device="meta")
+    if job.task == "classification":
+        with torch.device("meta"):
+            model = classification.build_model(job).eval()  # at its own size: some take no other
+        assert model.num_classes == job.num_classes
+        if max(job.input_size) <= 64:
+            assert model(torch.zeros(1, 3, *job.input_size, device="meta")).shape == (1, job.num_classes)
+        return
+    images = torch.zeros(1, 3, 64, 64, device="meta")
     with torch.device("meta"):
-        if job.task == "classification":
-            model = classification.build_model(small).eval()
-            assert model(images).shape == (1, job.num_classes)
-        else:
-            model = segmentation.build_model(small).eval()
-            assert isinstance(model, EncoderDecoder)
-            assert isinstance(model.decode_head, SegformerHead)
-            side = 64 // model.backbone.network.feature_info.reduction()[0]
-            assert model(images).shape == (1, job.num_classes, side, side)
+        model = segmentation.build_model(dataclasses.replace(job, input_size=(64, 64))).eval()
+    backbone = model if job.head == "bare" else model.backbone
+    sides = [64 // reduction for reduction in backbone.network.feature_info.reduction()]
+    if job.head == "bare":
+        assert [m.shape for m in model(images)] == [
+            (1, channels, side, side) for channels, side in zip(model.channels, sides, strict=True)
+        ]
+    else:
+        assert isinstance(model, EncoderDecoder)
+        assert model(images).shape == (1, job.num_classes, sides[0], sides[0])
 
 
 @pytest.mark.parametrize("suite", ["demo", "ade20k_segformer"])
@@ -82,7 +107,14 @@ def test_hrvit_with_the_segformer_head_counts_as_published(label, params, head_g
     assert (whole.macs - backbone.macs) / 1e9 == pytest.approx(head_gmacs, rel=1e-3)
 
 
-@pytest.mark.parametrize("job", jobs("ade20k_segformer", "evaluate"), ids=lambda job: job.label)
+OWN_SIZE = [
+    *jobs("ade20k_segformer", "evaluate"),
+    *(job for job in jobs("ade20k_upernet", "evaluate") if job.label in ("hivit_tiny", "twins_svt_small", "resnet50")),
+    *(job for job in jobs("pascal_context_ocr", "evaluate") if job.label == "hrformer_tiny"),
+]
+
+
+@pytest.mark.parametrize("job", OWN_SIZE, ids=lambda job: f"{job.label}-{job.head}")
 def test_images_are_segmented_at_their_own_size(job):
     """ADE20K's validation images are not square, nor a multiple of anything."""
     model = segmentation.build_model(dataclasses.replace(job, input_size=(64, 64))).eval()
@@ -108,6 +140,34 @@ def test_ade20k_recipe_is_that_of_the_paper():
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == pytest.approx(6e-4 if name.startswith("decode_head") else 6e-5)
         assert decays[id(parameter)] == (0.0 if parameter.ndim <= 1 else 0.01), name
+
+
+@pytest.mark.parametrize(
+    ("suite", "benchmark", "size", "expected"),
+    [
+        # HRViT A.1 and HIRI-ViT 4.1: 300 epochs; HRViT A.2; HIRI-ViT 4.3; HRFormer 4.2.
+        ("imagenet_classification", "classification", (224, 224), (300 * 1251, 1024, 1e-3, 0.05, 20 * 1251, 1.0)),
+        ("cityscapes_segformer", "segmentation", (1024, 1024), (160_000, 8, 6e-5, 0.01, 1500, 10.0)),
+        ("ade20k_upernet", "segmentation", (512, 512), (160_000, 16, 6e-5, 0.01, 1500, 10.0)),
+        ("ade20k_upernet", "doubled_input", (1024, 1024), (160_000, 16, 6e-5, 0.01, 1500, 1.0)),
+        ("cityscapes_ocr", "segmentation", (512, 1024), (80_000, 8, 1e-4, 0.01, 0, 1.0)),
+        ("pascal_context_ocr", "segmentation", (520, 520), (60_000, 16, 1e-4, 0.01, 0, 1.0)),
+        ("coco_stuff_ocr", "segmentation", (520, 520), (60_000, 16, 1e-4, 0.01, 0, 1.0)),
+    ],
+)
+def test_recipes_are_those_of_the_papers(suite, benchmark, size, expected):
+    chosen = configuration(suite).suite.benchmarks[benchmark]
+    recipe = chosen.recipe
+    assert tuple(chosen.input_size) == size
+    assert expected == (
+        recipe.iterations,
+        recipe.batch_size,
+        recipe.learning_rate,
+        recipe.weight_decay,
+        recipe.warmup_iterations,
+        recipe.head_learning_rate_multiplier,
+    )
+    assert recipe.optimizer == "adamw"
 
 
 def test_positions_are_not_decayed():
