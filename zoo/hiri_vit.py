@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -349,9 +349,9 @@ def drop_path_rates(cfg: HiriViTConfig) -> list[list[float]]:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linear: truncated normal, deviation 0.02; convolutions: normal, sqrt(2 / fan out); biases 0 (habit)."""
+    """Linear: normal, deviation 0.02; convolutions: normal, sqrt(2 / fan out); biases 0 (habit)."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import Attention
 from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.lean import activated_linear, can_fold, depthwise, fold
+from zoo.lean import activated_linear, add, can_fold, depthwise, fold
 from zoo.multi_resolution import (
     STRIDES,
     Bottleneck,
@@ -93,7 +93,7 @@ class WindowAttention(nn.Module):
         self.window = window
         # The paper names T5's position scheme; the published code has Swin's tables.
         self.attn = Attention(dim, num_heads, (window, window), BIAS_CACHE_BYTES)
-        trunc_normal_(self.attn.relative_position_bias_table, std=0.02)
+        nn.init.normal_(self.attn.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
@@ -164,9 +164,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        x = self.drop_path(self.attn(self.norm1(x))) + x
+        x = add(self.drop_path(self.attn(self.norm1(x))), x)
         mixed = self.mlp(self.norm2(x).permute(0, 3, 1, 2))
-        return self.drop_path(mixed).permute(0, 2, 3, 1) + x
+        return add(self.drop_path(mixed).permute(0, 2, 3, 1), x)
 
 
 class Module(nn.Module):
@@ -207,12 +207,12 @@ def fusion_path(channels: Sequence[int], source: int, target: int) -> nn.Module:
     for step in range(source + 1, target + 1):
         last = step == target
         layers = conv_norm(dim, dim, 3, stride=2, groups=dim) + conv_norm(dim, out if last else dim)
-        steps.append(Normed(*layers, *([] if last else [nn.ReLU(inplace=True)])))
+        steps.append(Normed(*layers, *([] if last else [nn.ReLU()])))
     return nn.Sequential(*steps)
 
 
 def transition(dim: int, out: int, stride: int) -> nn.Sequential:
-    return Normed(*conv_norm(dim, out, 3, stride=stride), nn.ReLU(inplace=True))
+    return Normed(*conv_norm(dim, out, 3, stride=stride), nn.ReLU())
 
 
 class HRFormer(MultiResolution):

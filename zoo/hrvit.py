@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.lean import activated_linear, can_fold, depthwise, fold
+from zoo.lean import activated_linear, add, can_fold, depthwise, fold
 from zoo.multi_resolution import STRIDES, ClassificationHead, Fusion, MultiResolution, Normed, Size, Stem, conv_norm
 from zoo.recompute import checkpoint_block
 
@@ -108,7 +108,7 @@ class CrossAttention(nn.Module):
         mixed = []
         for attended, v, weight, bias in zip((rows, columns), (v_rows, v_columns), weights, biases, strict=True):
             local = depthwise(v.permute(0, 3, 1, 2), weight, bias, "hardswish").permute(0, 2, 3, 1)
-            mixed.append(local.add_(attended))
+            mixed.append(add(local, attended))
         # The paper has the Hardswish after the projection; the published code before it.
         if can_fold(self.proj, self.norm, x):
             return activated_linear("hardswish", *fold(self.proj, self.norm), *mixed)
@@ -194,8 +194,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        x = self.drop_path(self.attn(self.norm1(x)).add_(self.shortcut(x))) + x
-        return self.drop_path(self.mlp(self.norm2(x))) + x
+        x = add(self.drop_path(add(self.attn(self.norm1(x)), self.shortcut(x))), x)
+        return add(self.drop_path(self.mlp(self.norm2(x))), x)
 
 
 class PatchEmbed(nn.Module):

@@ -21,6 +21,16 @@ ACTIVATIONS = {  # the function and its backward, (gradient, input) -> gradient
 }
 
 
+def add(x: Tensor, other: Tensor) -> Tensor:
+    """``x + other``, in the memory of `x` where autograd does not watch; in place on a view it would copy both ways."""
+    return x + other if torch.is_grad_enabled() else x.add_(other)
+
+
+def relu(x: Tensor) -> Tensor:
+    """ReLU, in the memory of `x` likewise."""
+    return F.relu(x, inplace=not torch.is_grad_enabled())
+
+
 def activated_linear(activation: str, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
     """``linear(activation(cat(parts, -1)), weight, bias)`` without the concatenation, (..., C_i) -> (..., out)."""
     shape = parts[0].shape[:-1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.backbone import Backbone
 from zoo.errors import ZooError
-from zoo.lean import normed_conv
+from zoo.lean import add, normed_conv, relu
 
 Size = tuple[int, int]
 STRIDES = (4, 8, 16, 32)  # of the branches
@@ -47,8 +47,8 @@ class Stem(nn.Module):
         self.conv2, self.bn2 = conv_norm(dim, out, 3, stride=2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = normed_conv(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1).relu_()
-        return normed_conv(x, self.conv2, self.bn2).relu_()
+        x = relu(normed_conv(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1))
+        return relu(normed_conv(x, self.conv2, self.bn2))
 
 
 class Bottleneck(nn.Module):
@@ -69,9 +69,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
-        x = normed_conv(x, self.conv1, self.bn1).relu_()
-        x = normed_conv(x, self.conv2, self.bn2).relu_()
-        return normed_conv(x, self.conv3, self.bn3).add_(shortcut).relu_()
+        x = relu(normed_conv(x, self.conv1, self.bn1))
+        x = relu(normed_conv(x, self.conv2, self.bn2))
+        return relu(add(normed_conv(x, self.conv3, self.bn3), shortcut))
 
 
 class Fusion(nn.ModuleList):
@@ -109,7 +109,7 @@ class Fusion(nn.ModuleList):
             if j == 0:
                 total = x
             else:
-                total = total + x if total is branches[0] else total.add_(x)
+                total = total + x if total is branches[0] else add(total, x)
         return self.activation(total)
 
 
@@ -144,8 +144,8 @@ class ClassificationHead(nn.Module):
                 strided = conv_norm(dim, dim, 3, stride=2, groups=dim, bias=True) + conv_norm(dim, lower, bias=True)
             else:
                 strided = conv_norm(dim, lower, 3, stride=2, bias=True)
-            self.downsamp_modules.append(Normed(*strided, nn.ReLU(inplace=True)))
-        self.final_layer = Normed(*conv_norm(wide[-1], out, bias=True), nn.ReLU(inplace=True))
+            self.downsamp_modules.append(Normed(*strided, nn.ReLU()))
+        self.final_layer = Normed(*conv_norm(wide[-1], out, bias=True), nn.ReLU())
 
     def forward(self, branches: list[Tensor]) -> Tensor:
         """Maps from high to low resolution -> one map (B, out, H, W) of the lowest."""

@@ -97,18 +97,31 @@ def test_macs(name, size, dense):
     assert count(model, (3, size, size)).macs / 1e9 == pytest.approx(GIGA_MACS[name, size, dense], rel=1e-4)
 
 
-# The published code pads stripes, and multiplies the padding as well: at 512, by branch and block, two products over
-# five stripes of 7 x 32 tokens, where ours have a last one of 4 x 32; and three of 7 x 16, where ours ends in 2 x 16.
+# The published code pads the last stripe of each direction, and multiplies the padding as well. Whole and dense
+# networks of other windows: the published count for windows of 7, and what the published segmentor's count grows by.
 @pytest.mark.parametrize(
-    ("name", "published", "blocks"),
-    [("hrvit_b1", 10.5854, (20, 4)), ("hrvit_b2", 24.8237, (24, 4)), ("hrvit_b3", 28.3967, (24, 6))],
+    ("name", "size", "window", "published", "blocks"),
+    [
+        ("hrvit_b1", 512, 7, 10.5854, (20, 4)),
+        ("hrvit_b2", 512, 7, 24.8237, (24, 4)),
+        ("hrvit_b3", 512, 7, 28.3967, (24, 6)),
+        ("hrvit_b1", 1024, 7, 52.2484, (20, 4)),
+        ("hrvit_b2", 1024, 7, 118.0088, (24, 4)),
+        ("hrvit_b3", 1024, 7, 135.6615, (24, 6)),
+        ("hrvit_b3", 512, 9, 28.3967 + 69.818 - 68.8004, (24, 6)),
+        ("hrvit_b3", 512, 11, 28.3967 + 70.435 - 68.8004, (24, 6)),
+        ("hrvit_b3", 512, 13, 28.3967 + 72.398 - 68.8004, (24, 6)),
+        ("hrvit_b3", 512, 15, 28.3967 + 74.688 - 68.8004, (24, 6)),
+    ],
 )
-def test_macs_are_the_published_ones_less_the_padding(name, published, blocks):
-    model = build_empty(name, features_only=True)
-    channels = model.feature_info.channels()
-    padding = 2 * channels[2] * ((7 * 32) ** 2 - (4 * 32) ** 2) * blocks[0]
-    padding += 2 * channels[3] * ((7 * 16) ** 2 - (2 * 16) ** 2) * blocks[1]
-    assert (count(model, (3, 512, 512)).macs + padding) / 1e9 == pytest.approx(published, rel=1e-4)
+def test_macs_are_the_published_ones_less_the_padding(name, size, window, published, blocks):
+    model = build_empty(name, features_only=True, window_size=(1, 2, window, window))
+    padding = 0
+    for channels, stride, depth in zip(model.feature_info.channels()[2:], (16, 32), blocks, strict=True):
+        side = size // stride
+        if last := side % window:  # two directions of half the channels, two products
+            padding += 2 * channels * ((window * side) ** 2 - (last * side) ** 2) * depth
+    assert (count(model, (3, size, size)).macs + padding) / 1e9 == pytest.approx(published, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (7, 5), (2, 9)])

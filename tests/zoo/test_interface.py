@@ -6,6 +6,7 @@ A new family adds its ``test_*`` variant to the registry and is tested here with
 import copy
 import math
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -195,12 +196,17 @@ def test_mmsegmentation_builds_it(name):
 
 
 @pytest.mark.parametrize("features_only", [False, True])
-def test_export(name, features_only):
+def test_export(name, features_only, tmp_path):
     model, x = zoo.create_model(name, features_only=features_only).eval(), images()
     with torch.no_grad():
         expected = model(x)
-        exported = torch.export.export(model, (x,)).module()(x)
-    torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(model, (x,))
+        torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-5)
+    if features_only:
+        torch.onnx.export(exported, f=tmp_path / "model.onnx", verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close([torch.from_numpy(o) for o in outputs], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compile(name):

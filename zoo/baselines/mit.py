@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -97,7 +96,7 @@ class MiT(Backbone):
 
     def _new_head(self, **factory: Any) -> nn.Module:
         head = super()._new_head(**factory)
-        trunc_normal_(head.weight, std=0.02)
+        nn.init.normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         return head
 
