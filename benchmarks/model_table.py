@@ -1,7 +1,7 @@
 """The tables of all models in zoo/README.md: what each costs, counted here, and what its paper reports.
 
 ``python -m benchmarks.model_table`` writes them anew between two markers of that file; with ``--check`` it only says
-whether they are current. Either takes about a minute and a half on one core. Exit status 0: written, or current; 1:
+whether they are current. Either takes about half a minute on one core. Exit status 0: written, or current; 1:
 not, with one line that says why.
 """
 

@@ -3,6 +3,7 @@
 HRViT: arXiv 2111.01236; HRFormer: 2110.09408; HiViT: 2205.14949; HIRI-ViT: 2403.11999.
 """
 
+import dataclasses
 import math
 from functools import cache
 
@@ -16,7 +17,10 @@ import zoo
 from benchmarks import segmentation
 from benchmarks.conventions import HIVIT, paper_convention
 from benchmarks.cost import count
+from benchmarks.engine import Context
 from benchmarks.job import Job
+from benchmarks.measure import measure
+from results.record import METRICS
 
 Setting = tuple[str, int | tuple[int, int], tuple]  # model, size of the image, other arguments of `built`
 
@@ -203,6 +207,17 @@ def test_counters_of_the_published_code(what, measured):
     assert giga(*what)[1] == pytest.approx(measured, abs=1e-4)
 
 
+def test_cost_jobs_tell_both_numbers(tmp_path):
+    job = Job("cost", "classification", "T", "hrformer_tiny", (224, 224), 1000)
+    outcome = measure(job, Context(tmp_path, tmp_path))
+    assert rounded(outcome.metrics["macs"] / 1e9, "1.7080") == "1.7080"
+    assert rounded(outcome.metrics["macs_paper"] / 1e9, "1.8282") == "1.8282"
+    assert outcome.details["paper_convention"]["name"] == "hrformer"
+    other = measure(dataclasses.replace(job, model="resnet18"), Context(tmp_path, tmp_path))
+    assert "macs_paper" not in other.metrics
+    assert other.metrics.keys() | outcome.metrics.keys() <= set(METRICS["cost"])
+
+
 def test_other_models_have_no_convention_of_a_paper():
     assert paper_convention(nn.Linear(2, 2)) is None
     assert paper_convention(built("mit_b0")) is None
@@ -214,7 +229,7 @@ def attention(inputs: list, outputs: list) -> int:
 
 
 @pytest.mark.parametrize(
-    ("model", "size"), [("hrvit_b1", 64), ("hrformer_tiny", 64), ("hivit_tiny", 224), ("hiri_vit_small", 64)]
+    ("model", "size"), [("test_hrvit", 96), ("test_hrformer", 96), ("hivit_tiny", 224), ("hiri_vit_small", 64)]
 )
 def test_a_second_counter_agrees(model, size, monkeypatch):
     """mmengine's port of fvcore, which traces real tensors with torch.jit: HiViT's convention, and MACs of all."""
