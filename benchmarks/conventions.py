@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from benchmarks.cost import Cost, count
+from benchmarks.cost import Cost
 from benchmarks.trace import Trace
 from zoo.backbone import Backbone
 from zoo.hrformer import ConvFeedForward, HRFormer, WindowAttention
@@ -32,19 +32,7 @@ class Convention:
 
     name: str
     text: str  # what is counted and what is not, and in which tables
-    rule: Callable[[nn.Module, Cost], int]
-    enlargement: int = 1  # the paper's counted input is so many times as high and wide as the one that it names
-
-    def macs(self, model: nn.Module, cost: Cost) -> int:
-        """What the paper would print for `model`, of which `cost` is the count: operations of one image.
-
-        Raises:
-            InputError: the model cannot take the enlarged input.
-        """
-        if self.enlargement > 1:
-            channels, height, width = cost.input_size
-            cost = count(model, (channels, self.enlargement * height, self.enlargement * width))
-        return self.rule(model, cost)
+    macs: Callable[[nn.Module, Cost], int]  # what the paper would print for a model, of which the second is the count
 
 
 def hrvit(model: nn.Module, cost: Cost) -> int:
@@ -160,10 +148,9 @@ HIRI_VIT = Convention(
 )
 HIRI_VIT_DENSE = Convention(
     "hiri_vit_dense",
-    "HIRI-ViT, Table 6 (UPerNet): MACs of convolutions and linear layers at twice the height and width that the table "
-    "names, without the products of attention.",
+    "HIRI-ViT, Table 6 (UPerNet): MACs of convolutions and linear layers, without the products of attention. The cells "
+    "fit twice the height and width that the table names.",
     without_products,
-    enlargement=2,
 )
 
 
