@@ -136,10 +136,10 @@ class BiasCache:
 def _is_cacheable(table: Tensor) -> bool:
     """Whether `table` is a real parameter in an eager run: tracers and transforms must see the bias being built."""
     return (
-        type(table) is nn.Parameter  # torch.func.functional_call puts plain tensors in its place
+        not torch.compiler.is_compiling()  # first: what follows would break the graph
+        and type(table) is nn.Parameter  # torch.func.functional_call puts plain tensors in its place
         and not table.is_meta
         and not table.is_inference()
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         # A captured graph keeps the addresses of its tensors, and owns the memory of those made during the capture.

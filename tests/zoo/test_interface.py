@@ -211,10 +211,30 @@ def test_export(name, features_only, tmp_path):
 
 def test_compile(name):
     model, x = zoo.create_model(name).eval(), images((48, 80))
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    compiled.train()
-    compiled(x).mean().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5
+        )
+
+
+BLOCKS = {  # one of each kind: a whole network takes minutes to trace with its backward pass
+    "test_hivit": lambda model: (model.blocks[-1], (1, 16, model.num_features), (4, 4)),
+    "test_hrvit": lambda model: (model.features[-1].branches[2][0], (1, 5, 6, 24)),
+    "test_hrformer": lambda model: (model.stage4[0].branches[2][0], (1, 5, 6, 16)),
+    "test_hiri_vit": lambda model: (model.stages[3].blocks[0], (1, 32, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_train_compiled(name):
+    block, shape, *rest = BLOCKS[name](zoo.create_model(name, drop_path_rate=0.0).train())
+    x = torch.rand(shape)
+    gradients = []
+    for run in (block, torch.compile(copy.deepcopy(block), backend="aot_eager")):
+        run.zero_grad()
+        run(x, *rest).square().mean().backward()
+        gradients.append([p.grad for p in run.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_autocast_and_channels_last_agree(name):
