@@ -57,7 +57,9 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)
         logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
         if self.relative_position_bias_table is not None:
-            logits.add_(self._bias(self.relative_position_bias_table, grid, logits.dtype))
+            bias = self._bias(self.relative_position_bias_table, grid, logits.dtype)
+            # In its own memory, which is much; a batch of biases (`torch.func.vmap`) would not fit in there.
+            logits = logits + bias if torch._C._are_functorch_transforms_active() else logits.add_(bias)
         return logits.softmax(-1).to(v.dtype) @ v
 
     def _bias(self, table: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,8 @@ class Backbone(nn.Module):
     pixels) and ``module`` (the module that makes it).
     """
 
-    family: str  # display name, for messages
+    family: str  # short name, for messages
+    maps: tuple[int, ...] | None = None  # that are left of `feature_info` after pruning; None: all
     maps_are_normed = True  # whether a norm ends every map; if not, ``norm=True`` is refused
 
     num_classes: int
@@ -57,7 +58,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _keep(self, take: Sequence[int]) -> bool:
-        """Remove what the maps `take` do not need; returns whether the features are others now."""
+        """Remove what the maps `take` do not need, set `maps`; returns whether the features are others now."""
         raise NotImplementedError
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class Backbone(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ZooError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
         check_images(self.family, x)
-        take, _ = feature_take_indices(len(self.feature_info), indices)
+        take = self._take(indices)
         features, maps = self._run(x, take, whole=not (stop_early or intermediates_only))
         if output_fmt == "NHWC":
             maps = [m.permute(0, 2, 3, 1) for m in maps]
@@ -118,10 +119,17 @@ class Backbone(nn.Module):
         self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the maps of `indices` do not need; returns the indices counted from the front."""
-        take, deepest = feature_take_indices(len(self.feature_info), indices)
+        take = self._take(indices)
         if self._keep(take) or prune_head:
-            self.num_features = self.head_hidden_size = self.feature_info[deepest]["num_chs"]
+            self.num_features = self.head_hidden_size = self.feature_info[max(take)]["num_chs"]
             self._drop_head()
+        return take
+
+    def _take(self, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
+        """The maps that `indices` mean, counted from the front. Raises ZooError for some that were pruned."""
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        if self.maps is not None and (missing := set(take) - set(self.maps)):
+            raise ZooError(f"{self.family}: the maps {sorted(missing)} were pruned; left are {self.maps}")
         return take
 
     def _drop_head(self) -> None:

@@ -23,6 +23,7 @@ from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.lean import activated_linear
+from zoo.norm import BatchNorm2d
 from zoo.recompute import checkpoint_block, recompute
 
 
@@ -62,18 +63,6 @@ class HiriViTConfig:
             raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that also trains on one value per channel (batch 1, a 1x1 map), where it uses its running statistics.
-
-    One value has no variance: PyTorch refuses it, and its normalised value would be 0 whatever it was.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() == x.shape[1]:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
-
-
 def conv(dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = True) -> nn.Conv2d:
     """A convolution whose output has ceil(side / stride) positions (odd kernels)."""
     return nn.Conv2d(dim, out, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
@@ -82,7 +71,7 @@ def conv(dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias
 def conv_norm_act(
     dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False
 ) -> nn.Sequential:
-    return nn.Sequential(conv(dim, out, kernel, stride, groups, bias), BatchNorm(out), nn.ReLU(inplace=True))
+    return nn.Sequential(conv(dim, out, kernel, stride, groups, bias), BatchNorm2d(out), nn.ReLU(inplace=True))
 
 
 def drop_path_or_identity(rate: float) -> nn.Module:
@@ -99,7 +88,7 @@ class HRStem(nn.Module):
         self.low = nn.Sequential(
             conv_norm_act(width, width, 3, stride=2), conv_norm_act(width, width, 3), conv(width, out, 1)
         )
-        self.norm = BatchNorm(out)
+        self.norm = BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.trunk(x)
@@ -113,7 +102,7 @@ class HRBlock(nn.Module):
         super().__init__()
         self.high = conv(dim, dim, 3, groups=dim)
         self.down = conv(dim, dim, 3, stride=2, groups=dim, bias=False)
-        self.norm = BatchNorm(dim)
+        self.norm = BatchNorm2d(dim)
         self.fc1 = nn.Linear(dim, mlp_ratio * dim)
         self.fc2 = nn.Linear(mlp_ratio * dim, dim)
         self.drop_path = drop_path_or_identity(drop_path)
@@ -148,7 +137,7 @@ class CFFNBlock(nn.Module):
 
     def __init__(self, dim: int, mlp_ratio: int, drop_path: float):
         super().__init__()
-        self.norm = BatchNorm(dim)
+        self.norm = BatchNorm2d(dim)
         self.cffn = CFFN(dim, mlp_ratio)
         self.drop_path = drop_path_or_identity(drop_path)
 
@@ -163,7 +152,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = BatchNorm(dim)
+        self.norm2 = BatchNorm2d(dim)
         self.cffn = CFFN(dim, mlp_ratio)
         self.drop_path = drop_path_or_identity(drop_path)
 
@@ -202,7 +191,7 @@ class IRDSa(nn.Module):
         super().__init__()
         self.main = nn.Sequential(conv_norm_act(dim, ratio * dim, 3, stride, bias=True), conv(ratio * dim, out, 1))
         self.shortcut = Shortcut(dim, out, shortcut_kernel, stride)
-        self.norm = BatchNorm(out)
+        self.norm = BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.main(x) + self.shortcut(x))
@@ -245,7 +234,7 @@ class Stage(nn.Module):
         else:
             blocks = [TransformerBlock(dim, cfg.num_heads[index - 3], ratio, rate) for rate in drop_path]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = BatchNorm(dim) if index < 3 else LayerNorm2d(dim, eps=1e-6)
+        self.norm = BatchNorm2d(dim) if index < 3 else LayerNorm2d(dim, eps=1e-6)
 
 
 class Head(nn.Module):
@@ -319,6 +308,7 @@ class HiriViT(Backbone):
         return x, [maps[index] for index in take]
 
     def _keep(self, take: Sequence[int]) -> bool:
+        self.maps = tuple(range(max(take) + 1))
         shortened = max(take) < len(self.stages) - 1
         self.stages = self.stages[: max(take) + 1]
         return shortened
@@ -333,7 +323,7 @@ class HiriViT(Backbone):
             ratio = self.config.head_ratio
             new = self.head = Head(self.num_features, ratio, self.num_classes, self.drop_rate, **factory)
         new.apply(init_weights)
-        return self.head
+        return self.head.train(self.training)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         stage = r"^(?:.*\.)?stages\.(\d+)\."

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
 from zoo.lean import activated_linear
+from zoo.recompute import checkpoint_block
 from zoo.relative_position import Grid, resize_table
 
 PATCH = 16  # pixels: side of the patch that becomes one token of the main stage
@@ -152,7 +153,9 @@ class HiViT(Backbone):
 
     Any image size works: images are zero-padded on the right and bottom to multiples of 16 and the position information
     is interpolated; maps are cropped to ceil(side / stride), so that they lie on the image and not on its padding.
-    `position_grid` is the grid of tokens that the absolute position embedding is stored for.
+    `position_grid` is the grid of tokens that the absolute position embedding is stored for. The features before
+    pooling are the main stage's map (B, C, ceil(H / 16), ceil(W / 16)); no norm follows it. The map at stride 32 of
+    `published_taps` is the one at 16, max-pooled: its sides are rounded down.
     """
 
     family = "HiViT"
@@ -264,7 +267,7 @@ class HiViT(Backbone):
 
     def run_block(self, block: nn.Module, *args: Any) -> Tensor:
         """Call a block, under gradient checkpointing where that is on."""
-        return checkpoint(block, *args) if self.grad_checkpointing and torch.is_grad_enabled() else block(*args)
+        return checkpoint_block(block, *args) if self.grad_checkpointing else block(*args)
 
     def position(self, grid: Grid) -> Tensor | None:
         """The absolute position embedding (1, h * w, C) of a grid of patches, interpolated as published."""
@@ -272,6 +275,7 @@ class HiViT(Backbone):
         return embedding if embedding is None else resize_position(embedding, self.position_grid, grid)
 
     def _keep(self, take: Sequence[int]) -> bool:
+        self.maps = tuple(range(max(take) + 1))
         last = self.taps[max(take)]
         shortened = last < len(self.blocks) - 1
         self.blocks = self.blocks[: last + 1]

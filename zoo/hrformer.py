@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.attention import Attention
 from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.lean import activated_linear, add, can_fold, depthwise, fold
+from zoo.lean import activated_linear, can_fold, depthwise, fold, is_affine
 from zoo.multi_resolution import (
     STRIDES,
     Bottleneck,
@@ -131,7 +131,8 @@ class ConvFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, C, H, W) -> the same."""
-        if can_fold(self.fc1, self.norm1, x):
+        later = (self.norm2, self.norm3) if self.depthwise else (self.norm3,)
+        if can_fold(self.fc1, self.norm1, x) and all(map(is_affine, later)):
             return self._folded(x)
         x, norm = self.fc1(x), self.norm1
         if self.depthwise:
@@ -164,9 +165,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        x = add(self.drop_path(self.attn(self.norm1(x))), x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
         mixed = self.mlp(self.norm2(x).permute(0, 3, 1, 2))
-        return add(self.drop_path(mixed).permute(0, 2, 3, 1), x)
+        return x + self.drop_path(mixed).permute(0, 2, 3, 1)
 
 
 class Module(nn.Module):

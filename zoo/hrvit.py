@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, use_fused_attn
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.lean import activated_linear, add, can_fold, depthwise, fold
+from zoo.lean import activated_linear, can_fold, depthwise, fold
 from zoo.multi_resolution import STRIDES, ClassificationHead, Fusion, MultiResolution, Normed, Size, Stem, conv_norm
+from zoo.norm import BatchNorm1d
 from zoo.recompute import checkpoint_block
 
 DENSE_SHORTCUT = 64  # channels: up to here a CPU multiplies whole tokens faster (measured)
@@ -95,7 +96,7 @@ class CrossAttention(nn.Module):
         self.qv = nn.Linear(dim, 2 * dim)  # the values are the keys, too
         self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm = nn.BatchNorm1d(dim)
+        self.norm = BatchNorm1d(dim)
         # The paper starts from an identity projection; the published code from zero: the shortcut alone.
         nn.init.zeros_(self.norm.weight)
 
@@ -108,7 +109,7 @@ class CrossAttention(nn.Module):
         mixed = []
         for attended, v, weight, bias in zip((rows, columns), (v_rows, v_columns), weights, biases, strict=True):
             local = depthwise(v.permute(0, 3, 1, 2), weight, bias, "hardswish").permute(0, 2, 3, 1)
-            mixed.append(add(local, attended))
+            mixed.append(local + attended)
         # The paper has the Hardswish after the projection; the published code before it.
         if can_fold(self.proj, self.norm, x):
             return activated_linear("hardswish", *fold(self.proj, self.norm), *mixed)
@@ -122,7 +123,11 @@ class CrossAttention(nn.Module):
         for begin, end, width in ((0, whole, self.width), (whole, q.shape[1], q.shape[1] - whole)):
             if begin < end:
                 query, value = (self._stripes(t[:, begin:end], width) for t in (q, v))
-                out = F.scaled_dot_product_attention(query, value, value)
+                if use_fused_attn():
+                    out = F.scaled_dot_product_attention(query, value, value)
+                else:
+                    logits = (query * query.shape[-1] ** -0.5) @ value.transpose(-2, -1)
+                    out = logits.softmax(-1).to(value.dtype) @ value
                 parts.append(out.transpose(1, 2).reshape(q.shape[0], end - begin, *q.shape[2:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -194,8 +199,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        x = add(self.drop_path(add(self.attn(self.norm1(x)), self.shortcut(x))), x)
-        return add(self.drop_path(self.mlp(self.norm2(x))), x)
+        x = x + self.drop_path(self.attn(self.norm1(x)) + self.shortcut(x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):

@@ -3,6 +3,8 @@
 Of an activation before a layer autograd keeps the input, not the output. Each is one `torch.autograd.Function`, which
 costs a fraction of a checkpoint's bookkeeping; the backward pass computes the activation again. Under `torch.compile`,
 tracing, `torch.func` transforms and without autograd they are the plain operators, which compilers fuse by themselves.
+
+They read a layer's weights and do not call it: hooks of that layer, and wrappers around it, do not act.
 """
 
 from typing import Any
@@ -19,16 +21,6 @@ ACTIVATIONS = {  # the function and its backward, (gradient, input) -> gradient
     "gelu": (F.gelu, aten.gelu_backward),
     "hardswish": (F.hardswish, aten.hardswish_backward),
 }
-
-
-def add(x: Tensor, other: Tensor) -> Tensor:
-    """``x + other``, in the memory of `x` where autograd does not watch; in place on a view it would copy both ways."""
-    return x + other if torch.is_grad_enabled() else x.add_(other)
-
-
-def relu(x: Tensor) -> Tensor:
-    """ReLU, in the memory of `x` likewise."""
-    return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def activated_linear(activation: str, weight: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
@@ -141,10 +133,15 @@ def can_fold(conv: nn.Conv2d | nn.Linear, norm: nn.Module, x: Tensor) -> bool:
     On meta tensors, which are there to be counted, it stands. Autograd would keep the folded weights, but not the
     norm's input: where the map has fewer positions than a kernel has inputs, that is no gain.
     """
-    if not isinstance(norm, _BatchNorm) or norm.training or not norm.track_running_stats or x.is_meta:
+    if x.is_meta or not is_affine(norm) or getattr(conv, "padding_mode", "zeros") != "zeros":
         return False
     positions = x.numel() // (conv.in_features if isinstance(conv, nn.Linear) else conv.in_channels)
     return is_plain() or positions >= conv.weight[0].numel()
+
+
+def is_affine(norm: nn.Module) -> bool:
+    """Whether `norm` is a batch norm that uses its running statistics."""
+    return isinstance(norm, _BatchNorm) and norm.affine and norm.track_running_stats and not norm.training
 
 
 def fold(conv: nn.Conv2d | nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -161,4 +158,4 @@ def normed_conv(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     weight, bias = fold(conv, norm)
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

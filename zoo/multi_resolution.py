@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.backbone import Backbone
-from zoo.errors import ZooError
-from zoo.lean import add, normed_conv, relu
+from zoo.lean import normed_conv
+from zoo.norm import BatchNorm2d
 
 Size = tuple[int, int]
 STRIDES = (4, 8, 16, 32)  # of the branches
@@ -24,7 +24,7 @@ STRIDES = (4, 8, 16, 32)  # of the branches
 def conv_norm(dim: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, bias: bool = False) -> list:
     """A convolution that keeps the size (divided by `stride`, rounded up), and its BatchNorm."""
     conv = nn.Conv2d(dim, out, kernel, stride, kernel // 2, groups=groups, bias=bias)
-    return [conv, nn.BatchNorm2d(out)]
+    return [conv, BatchNorm2d(out)]
 
 
 class Normed(nn.Sequential):
@@ -47,8 +47,8 @@ class Stem(nn.Module):
         self.conv2, self.bn2 = conv_norm(dim, out, 3, stride=2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = relu(normed_conv(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1))
-        return relu(normed_conv(x, self.conv2, self.bn2))
+        x = F.relu(normed_conv(x.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1))
+        return F.relu(normed_conv(x, self.conv2, self.bn2))
 
 
 class Bottleneck(nn.Module):
@@ -69,9 +69,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
-        x = relu(normed_conv(x, self.conv1, self.bn1))
-        x = relu(normed_conv(x, self.conv2, self.bn2))
-        return relu(add(normed_conv(x, self.conv3, self.bn3), shortcut))
+        x = F.relu(normed_conv(x, self.conv1, self.bn1))
+        x = F.relu(normed_conv(x, self.conv2, self.bn2))
+        return F.relu(normed_conv(x, self.conv3, self.bn3) + shortcut)
 
 
 class Fusion(nn.ModuleList):
@@ -102,14 +102,12 @@ class Fusion(nn.ModuleList):
         return [self._fuse(i, branches) for i in (range(len(self)) if outputs is None else outputs)]
 
     def _fuse(self, i: int, branches: list[Tensor]) -> Tensor:
+        total = None
         for j, (path, branch) in enumerate(zip(self[i], branches, strict=True)):
             x = path(branch)
             if j > i:
                 x = self.upsample(x, 2 ** (j - i), tuple(branches[i].shape[-2:]))
-            if j == 0:
-                total = x
-            else:
-                total = total + x if total is branches[0] else add(total, x)
+            total = x if total is None else total + x
         return self.activation(total)
 
 
@@ -162,7 +160,7 @@ class MultiResolution(Backbone):
     pruned, the map of the lowest resolution that is left.
     """
 
-    maps: tuple[int, ...] = (0, 1, 2, 3)  # that are there: pruning leaves fewer
+    maps = (0, 1, 2, 3)
     neck: nn.Module | None
 
     @staticmethod
@@ -174,15 +172,13 @@ class MultiResolution(Backbone):
         raise NotImplementedError
 
     def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
-        if missing := set(take) - set(self.maps):
-            raise ZooError(f"{self.family}: the maps {sorted(missing)} were pruned; left are {self.maps}")
         outputs = self.maps if whole else tuple(sorted(set(take)))
         maps = dict(zip(outputs, self._make(x, outputs), strict=True))
         features = maps[outputs[-1]] if self.neck is None or not whole else self.neck(list(maps.values()))
         return features, [maps[index] for index in take]
 
     def _keep(self, take: Sequence[int]) -> bool:
-        before, self.maps = self.maps, tuple(sorted(take))
+        before, self.maps = self.maps, tuple(sorted(set(take)))
         return self.maps != before
 
     def _drop_head(self) -> None:

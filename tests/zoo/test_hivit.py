@@ -5,6 +5,7 @@ import timm
 import torch
 
 import zoo
+from benchmarks.cost import count
 from zoo.hivit import resize_position
 
 DTYPES = [torch.float64, torch.float32]
@@ -228,3 +229,20 @@ def test_attention_kernels_agree(size):
         torch.testing.assert_close(out, fused, rtol=1e-10, atol=1e-12)
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+GIGA_MACS = {  # of the published implementation: the classifier at 224, the dense backbone at 512 and 1024
+    "hivit_tiny": (4.5873, 30.4758, 218.5400),
+    "hivit_small": (9.0441, 60.2721, 434.3621),
+    "hivit_base": (15.8096, 99.9587, 657.5326),
+    "hivit_large": (63.6560, 379.4503, 2213.5859),
+}
+
+
+@pytest.mark.parametrize("name", GIGA_MACS)
+def test_macs_equal_the_published_ones(name):
+    with torch.device("meta"):
+        models = [zoo.create_model(name)]
+        models += [zoo.create_model(name, features_only=True, published_taps=True, img_size=s) for s in (512, 1024)]
+    counted = [count(model, (3, size, size)).macs / 1e9 for model, size in zip(models, (224, 512, 1024), strict=True)]
+    assert counted == pytest.approx(GIGA_MACS[name], rel=1e-4)

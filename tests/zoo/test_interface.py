@@ -10,11 +10,14 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
+from benchmarks.speed import count_saved_bytes
 
 NAMES = [name for name in zoo.list_models("test_*") if not name.endswith("_mae")]
 SIZES = [(32, 32), (33, 47), (200, 264), (256, 320), (64, 64)]
@@ -123,6 +126,78 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         model(x).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*grads)
+
+
+def test_gradient_checkpointing_saves_memory(name):
+    model, x = zoo.create_model(name).train(), images(batch=2)
+    plain = count_saved_bytes(model, x)
+    model.set_grad_checkpointing()
+    assert count_saved_bytes(model, x) < plain
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["synchronised", "frozen", "partly frozen"])
+def test_other_batch_norms_train_alike(name, kind, checkpointing):
+    """Same gradients as without tricks, twice through one graph, and statistics that move once or not at all."""
+    model, x = zoo.create_model(name, drop_path_rate=0.0).train(), images(batch=2)
+    if kind == "synchronised":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif kind == "frozen":
+        model = freeze_batch_norm_2d(model)
+    else:
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        for norm in norms[::2]:
+            norm.eval()
+    reference = copy.deepcopy(model)
+    model.set_grad_checkpointing(checkpointing)
+    loss = model(x).square().mean()
+    loss.backward(retain_graph=True)
+    first = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    torch.func.functional_call(reference, {}, (x,))
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, 2 * first[key], rtol=1e-3, atol=1e-5)
+    for key, buffer in reference.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[key], buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_trains_at_the_smallest_size_with_one_image(name):
+    model = zoo.create_model(name).train()
+    model(images((32, 32))).mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_was_pruned_is_told(name):
+    model = zoo.create_model(name)
+    model.prune_intermediate_layers([0])
+    for failing in (
+        lambda: model.forward_intermediates(images(), indices=[1], intermediates_only=True),
+        lambda: model.prune_intermediate_layers([1]),
+    ):
+        with pytest.raises(zoo.ZooError, match="pruned"):
+            failing()
+
+
+def test_timm_s_switch_of_fused_attention_is_respected(name):
+    model, x = zoo.create_model(name).eval(), images((64, 96))
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = model(x)
+        timm.layers.set_fused_attn(False)
+        try:
+            with Watch():
+                got = model(x)
+        finally:
+            timm.layers.set_fused_attn(True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert name == "test_mit" or not any("scaled_dot_product" in func for func in seen)  # that is mmsegmentation's
 
 
 def test_construction_is_deterministic_and_state_round_trips(name):

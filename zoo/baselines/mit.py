@@ -88,6 +88,7 @@ class MiT(Backbone):
         return maps[-1], [maps[index] for index in take]
 
     def _keep(self, take: Sequence[int]) -> bool:
+        self.maps = tuple(range(max(take) + 1))
         deepest = max(take)
         shortened = deepest < len(self.backbone.layers) - 1
         self.backbone.layers = self.backbone.layers[: deepest + 1]
