@@ -50,6 +50,7 @@ class Row:
     revision: str = ""
     date: str = ""  # of the latest record, YYYY-MM-DD
     notes: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)  # that the cells come from, in the order of the stages
 
     @property
     def metric(self) -> Cell:
@@ -199,6 +200,7 @@ def _row(setting: tuple, records: Sequence[Record]) -> Row:
         hardware=hardware_label(measured[0]),
         revision=str(latest.provenance.get("revision") or ""),
         date=started(latest)[:10],
+        records=[record for stage in by_stage.values() for record in stage],
     )
     for stage in ("cost", "speed", "evaluate"):
         row.stages[stage] = _stage_cell(stage, by_stage)
