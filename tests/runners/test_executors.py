@@ -122,7 +122,7 @@ def test_no_worker_outlives_a_killed_run(command_line):
     assert len(workers) > 2
     run.kill()
     run.communicate()
-    gone, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
 
 
