@@ -21,6 +21,7 @@ RINGS = (
 GRID = (48, 64)  # columns and rows of the search over the whole plot, when no place near the point is free
 PADDING = 1.5  # points between a label and anything else
 CROWD = 14  # labels
+COLUMN_GAP = 10.0  # points before a column of labels behind lines
 LEADER = 9.0  # points from which on a line ties the label to its point
 
 
@@ -80,6 +81,71 @@ def place(
             break
     annotations = [_annotate(axes, labels[i], points[i], placed[i], size, half, scale) for i in sorted(placed)]
     return annotations, [labels[i].text for i in range(len(labels)) if i not in placed]
+
+
+def place_ends(
+    axes: "Axes", labels: Sequence[Label], *, sizes: Sequence[float] = (8.0, 7.0, 6.0), room: float = 0.62
+) -> list[str]:
+    """Write the names of lines in one column behind their last points (x, y), in the order of their heights.
+
+    The horizontal axis grows to the right until the column has its place, by `room` of the width at most; a layout must
+    be final. Returns the texts that found no place at the smallest of `sizes` (points).
+    """
+    if not labels:
+        return []
+    labels = sorted(labels, key=lambda label: (label.rank, -label.y))
+    scale = axes.figure.dpi / 72  # pixels per point
+    box = axes.get_window_extent()
+    for size in sizes:
+        extents = _extents(axes, labels, size)
+        height = extents[:, 1].max() + PADDING / 2 * scale
+        fitting = int(box.height // height)
+        column = extents[:fitting, 0].max() + 2 * COLUMN_GAP * scale
+        if fitting >= len(labels) and column <= room * box.width:
+            break
+    shown = sorted(labels[:fitting], key=lambda label: label.y)
+    _widen(axes, max(label.x for label in labels), min(column, room * box.width))
+    ends = axes.transData.transform([(label.x, label.y) for label in shown])
+    heights = _spread(ends[:, 1], height, box.y0 + height / 2, box.y1 - height / 2)
+    start = ends[:, 0].max() + COLUMN_GAP * scale
+    for label, end, y in zip(shown, ends, heights, strict=True):
+        offset = (start - end[0]) / scale, (y - end[1]) / scale
+        leader = {"arrowstyle": "-", "color": label.colour, "alpha": 0.5, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+        axes.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=size,
+            color=label.colour,
+            va="center",
+            ha="left",
+            arrowprops=leader | {"relpos": (0, 0.5)},
+            zorder=4,
+        )
+    return [label.text for label in labels[fitting:]]
+
+
+def _widen(axes: "Axes", last: float, pixels: float) -> None:
+    """Move the right limit so that so many pixels lie behind `last` (data coordinates, any scale of the axis)."""
+    transform = axes.xaxis.get_transform()
+    left, end = transform.transform([axes.get_xlim()[0], last])
+    width = axes.get_window_extent().width
+    right = left + (end - left) * width / (width - pixels)
+    axes.set_xlim(right=float(transform.inverted().transform([right])[0]))
+
+
+def _spread(wanted: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Increasing heights at least `gap` apart, as near to the wanted (increasing) ones as least squares allow."""
+    steps = gap * np.arange(len(wanted))
+    blocks: list[list[float]] = []  # pooled neighbours that would come too near: sum and count
+    for value in wanted - steps:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    levels = np.concatenate([np.full(count, total / count) for total, count in blocks])
+    return np.clip(levels, low, high - steps[-1]) + steps
 
 
 def _extents(axes: "Axes", labels: Sequence[Label], size: float) -> np.ndarray:
