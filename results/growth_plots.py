@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .growth import QUANTITIES, Curve
-from .labels import Label, place_ends, shorten
+from .labels import Label, place_ends, shorten, widen
 from .style import (
     FAMILIES,
     Look,
@@ -26,6 +26,7 @@ from .style import (
     themed,
 )
 
+DOTTED = (0, (1, 1.5))
 TICK_GAP = 0.075  # of the width of the axis, at least, between the sizes that are written below it
 READING = (
     "Behind each name: the exponent k of cost ~ pixels^k (1: in proportion to the pixels), fitted to all sizes"
@@ -121,10 +122,13 @@ def _smallest(group: Group) -> list[tuple[str, str]]:
 def _overview(group: Group, chosen: Sequence[tuple[str, str]]) -> Figure:
     """One panel per quantity with the chosen models."""
     curves = {name: [c for c in found if (c.family, c.model) in chosen] for name, found in group.curves.items()}
-    panels = [(SHOWN[name].title, name, found) for name, found in curves.items() if found]
+    panels = [(name, found) for name, found in curves.items() if found]
     left = [c for found in group.curves.values() for c in found if (c.family, c.model) not in chosen]
     remark = "One model of each family, the cheapest; the other plots have all." if left else ""
-    return _figure(group, panels, remark)
+    titles = [SHOWN[name].title for name, _ in panels]
+    ways = [group.way(name) if SHOWN[name].timed else "" for name, _ in panels]
+    units = [" on ".join(filter(None, [SHOWN[name].unit, way])) for (name, _), way in zip(panels, ways, strict=True)]
+    return _figure(group, "Cost against resolution", remark, [c for _, c in panels], titles, units)
 
 
 def _families(group: Group, quantity: str) -> Figure:
@@ -133,63 +137,80 @@ def _families(group: Group, quantity: str) -> Figure:
     families = list(dict.fromkeys(family for family, _ in group.models))
     own = {family: [c for c in found if c.family == family] for family in families}
     alone = [family for family in families if family not in FAMILIES and len(own[family]) == 1]
-    panels = [(family, quantity, own[family]) for family in families if own[family] and family not in alone]
+    panels = {family: own[family] for family in families if own[family] and family not in alone}
     if alone:
-        title = alone[0] if len(alone) == 1 else "Others"
-        panels.append((title, quantity, [c for family in alone for c in own[family]]))
-    return _figure(group, panels, "Grey: the models of the other panels.", behind=found)
+        panels[alone[0] if len(alone) == 1 else "Others"] = [c for family in alone for c in own[family]]
+    shown = SHOWN[quantity]
+    remark = f"Measured on {group.way(quantity)}." if shown.timed and group.way(quantity) else ""
+    if len(panels) > 1:
+        remark = f"Grey: the models of the other panels. {remark}".strip()
+    heading = f"{shown.title} ({shown.unit}) against resolution"
+    return _figure(group, heading, remark, list(panels.values()), list(panels), behind=found)
 
 
 def _figure(
-    group: Group, panels: Sequence[tuple[str, str, list[Curve]]], remark: str, behind: Sequence[Curve] = ()
+    group: Group,
+    heading: str,
+    remark: str,
+    panels: Sequence[Sequence[Curve]],
+    titles: Sequence[str],
+    units: Sequence[str] = (),
+    behind: Sequence[Curve] = (),
 ) -> Figure:
-    """Panels (title, quantity, curves) in two columns; with `behind` they have common axes and these curves in grey."""
+    """Panels with their curves in two columns; with `behind` they have common axes and these curves in grey."""
     with themed():
-        figure, unlabelled = _compose(group, panels, remark, behind, [])
+        figure, unlabelled = _compose(group, heading, remark, panels, titles, units, behind)
         if unlabelled:
-            figure, _ = _compose(group, panels, remark, behind, unlabelled)
+            remark = f"{remark} Without a label for lack of room: {listed(unlabelled)}."
+            figure, _ = _compose(group, heading, remark, panels, titles, units, behind)
     return figure
 
 
 def _compose(
     group: Group,
-    panels: Sequence[tuple[str, str, list[Curve]]],
+    heading: str,
     remark: str,
+    panels: Sequence[Sequence[Curve]],
+    titles: Sequence[str],
+    units: Sequence[str],
     behind: Sequence[Curve],
-    unlabelled: Sequence[str],
 ) -> tuple[Figure, list[str]]:
     """The figure, and the names of lines that found no place for a label."""
     size = 8.5
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure = blank((1.2 if columns == 2 else 1.6) + 2.95 * lines)
+    figure = blank(1.5 + 2.75 * lines)
     handles = [
         handle("measured", marker="o", markersize=size * 0.5, linewidth=1.4),
-        handle("fitted power of the pixels", linewidth=1.2, linestyle=(0, (1, 1.5))),
+        handle("fitted power of the pixels", linewidth=1.2, linestyle=DOTTED),
     ]
-    caption = [READING, remark, _lacking([c for _, _, found in panels for c in found])]
-    caption += [f"Without a label for lack of room: {listed(unlabelled)}."] if unlabelled else []
+    caption = [READING, remark, _lacking([curve for curves in panels for curve in curves])]
     bottom = add_footer(figure, handles, " ".join(filter(None, caption)), size - 1)
     share = "all" if behind else False
     grid = figure.subplots(lines, columns, squeeze=False, sharex=share, sharey=share).ravel()
     for axes in grid[len(panels) :]:
         axes.remove()
-    for index, (axes, (title, quantity, curves)) in enumerate(zip(grid, panels, strict=False)):
+    for index, (axes, curves, title) in enumerate(zip(grid, panels, titles, strict=False)):
         _draw_lines(axes, curves, group, size, behind)
-        shown = SHOWN[quantity]
-        # In small multiples the title names the family, and the axes what is shown; they are the same everywhere.
-        subtitle = f"{shown.title} ({shown.unit})" if behind else f"{shown.unit}"
-        place = group.way(quantity) if shown.timed and not behind else ""
-        add_titles(axes, title, " on ".join(filter(None, [subtitle, place])), size)
+        if units:
+            add_titles(axes, title, units[index], size)
+        else:
+            axes.set_title(title, loc="left", fontsize=size + 0.5, fontweight="bold")
         axes.tick_params(labelbottom=True, labelleft=not behind or index % columns == 0)
         if index + columns >= len(panels):
             axes.set_xlabel("Side of the image (pixels)", fontsize=size)
+    about = ": ".join(filter(None, [heading, group.subtitle]))
+    figure.suptitle(about, x=0.015, ha="left", fontsize=size + 1.5, fontweight="bold")
     lay_out(figure, bottom)
+    sizes = (size - 1, size - 1.75, 6.0)
+    labels = [[_label(curve, group) for curve in curves] for curves in panels]
+    for axes, own in zip(grid, labels, strict=False):
+        widen(axes, own, sizes=sizes)
     left_out: list[str] = []
-    for axes, (_, _, curves) in zip(grid, panels, strict=False):
-        left_out += place_ends(axes, [_label(curve, group) for curve in curves], sizes=(size - 1, size - 1.75, 6.0))
+    for axes, own, curves in zip(grid, labels, panels, strict=False):
+        left_out += place_ends(axes, own, sizes=sizes)
         _set_sizes(axes, [point.side for curve in [*curves, *behind] for point in curve.points])
-    return figure, left_out
+    return figure, list(dict.fromkeys(left_out))
 
 
 def _draw_lines(axes: Axes, curves: Sequence[Curve], group: Group, size: float, behind: Sequence[Curve]) -> None:
@@ -201,7 +222,7 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], group: Group, size: float, 
         colour, marker = group.looks[curve.family]
         x, y = zip(*((point.side, point.cell.value * scale) for point in curve.points), strict=True)
         fitted = [curve.fitted(point.pixels) * scale for point in curve.points]
-        axes.plot(x, fitted, color=colour, linewidth=1.2, linestyle=(0, (1, 1.5)), alpha=0.7, zorder=2)
+        axes.plot(x, fitted, color=colour, linewidth=1.2, linestyle=DOTTED, alpha=0.7, zorder=2)
         style = {"marker": marker, "markersize": diameter(size) * 0.6, "markeredgecolor": "white"}
         axes.plot(x, y, color=colour, linewidth=1.4, markeredgewidth=0.4, zorder=3, **style)
         for point in curve.points:
@@ -219,7 +240,7 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], group: Group, size: float, 
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     sides = [point.side for curve in [*curves, *behind] for point in curve.points]
-    axes.set_xlim(min(sides) / 1.08, max(sides) * 1.6)
+    axes.set_xlim(min(sides) / 1.08, max(sides) * 1.08)
     _set_sizes(axes, sides)
 
 
@@ -253,7 +274,7 @@ def _exponents(group: Group) -> Figure:
     size = 8.5
     models = group.models
     with themed():
-        figure = blank(1.75 + 0.19 * len(models))
+        figure = blank(2.0 + 0.19 * len(models))
         handles = [
             handle("over all sizes", marker="o", markerfacecolor="white", linestyle="", markersize=5),
             handle("between the two largest sizes", marker="o", linestyle="", markersize=5),
@@ -263,6 +284,8 @@ def _exponents(group: Group) -> Figure:
         caption = "Exponent k of cost ~ pixels^k." + "".join(f" Memory and latency on {way}." for way in ways if way)
         bottom = add_footer(figure, handles, caption, size - 1)
         columns = figure.subplots(1, len(group.curves), squeeze=False, sharey=True, sharex=True)[0]
+        about = ": ".join(filter(None, ["Exponents of growth", group.subtitle]))
+        figure.suptitle(about, x=0.015, ha="left", fontsize=size + 1.5, fontweight="bold")
         for axes, (name, curves) in zip(columns, group.curves.items(), strict=True):
             axes.axvline(1, color="0.45", linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
             for curve in curves:
@@ -274,6 +297,7 @@ def _exponents(group: Group) -> Figure:
                 axes.plot(curve.exponent, height, markerfacecolor="white", zorder=4, **style)
             title = SHOWN[name].title.removesuffix(" of one forward pass")
             axes.set_title(title, loc="left", fontsize=size, fontweight="bold")
+            axes.set_xlabel("k", fontsize=size)
             axes.tick_params(labelsize=size - 1, length=0)
             for side in ("top", "right", "left"):
                 axes.spines[side].set_visible(False)
