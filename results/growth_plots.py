@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from .growth import QUANTITIES, Curve
 from .labels import Label, place_ends, shorten, widen
@@ -22,12 +22,13 @@ from .style import (
     lay_out,
     listed,
     looks_of,
+    set_log_ticks,
     slug,
     themed,
 )
 
 DOTTED = (0, (1, 1.5))
-TICK_GAP = 0.075  # of the width of the axis, at least, between the sizes that are written below it
+TICK_GAP = 0.08  # of the width of the axis, at least, between the sizes that are written below it
 READING = (
     "Behind each name: the exponent k of cost ~ pixels^k (1: in proportion to the pixels), fitted to all sizes"
     " → between the two largest sizes, where that differs."
@@ -181,9 +182,11 @@ def _compose(
     lines = -(-len(panels) // columns)
     figure = blank(1.5 + 2.75 * lines)
     handles = [
-        handle("measured", marker="o", markersize=size * 0.5, linewidth=1.4),
+        handle("counted or measured", marker="o", markersize=size * 0.5, linewidth=1.4),
         handle("fitted power of the pixels", linewidth=1.2, linestyle=DOTTED),
     ]
+    if any(curves[0].quantity == "peak_memory_mb" for curves in panels):
+        remark = f"{remark} Memory includes the weights, which do not grow.".strip()
     caption = [READING, remark, _lacking([curve for curves in panels for curve in curves])]
     bottom = add_footer(figure, handles, " ".join(filter(None, caption)), size - 1)
     share = "all" if behind else False
@@ -232,10 +235,7 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], group: Group, size: float, 
     axes.set_xscale("log")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 300 else (1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_locator(NullLocator())
+    set_log_ticks(axes.yaxis, high / low)
     axes.tick_params(labelsize=size - 1, length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -245,11 +245,11 @@ def _draw_lines(axes: Axes, curves: Sequence[Curve], group: Group, size: float, 
 
 
 def _set_sizes(axes: Axes, sides: Sequence[float]) -> None:
-    """Ticks at the measured sizes; those are written that have room, the smallest and the largest first."""
+    """Ticks at the measured sizes; the ends are written, and between them those that have room, round ones first."""
     places = sorted({round(side) for side in sides})
     left, right = np.log(axes.get_xlim())
     written: list[int] = []
-    for place in dict.fromkeys([places[0], places[-1], *places]):
+    for place in dict.fromkeys([places[0], places[-1], *sorted(places, key=lambda place: -(place & -place))]):
         if all(abs(np.log(place / other)) > TICK_GAP * (right - left) for other in written):
             written.append(place)
     axes.xaxis.set_major_locator(FixedLocator(places))

@@ -6,7 +6,7 @@ cost that was counted here, alike for all models.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ from .style import (
 )
 
 QUIET = "0.45"  # the colour of series that are there for comparison
+HOLLOW = "os^Dvph<>"  # markers with room for a filled one in them
 LEAST = 3  # rows of a series that is no family of the suite
 
 
@@ -60,6 +61,11 @@ class Point:
     reported: float
     trained: float | None = None  # the accuracy of a training here
 
+    @property
+    def cost(self) -> float | None:
+        """Where it is drawn and named."""
+        return self.printed if self.printed is not None else self.counted
+
 
 @dataclass(frozen=True)
 class Series:
@@ -69,6 +75,7 @@ class Series:
     family: str
     rows: list[RebuiltRow]
     names: list[str] | None = None  # of the points; None names the line alone
+    tag: str = ""  # a shorter name of the line, which the one beside it makes clear
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def _hrvit_5(lines: Sequence[RebuiltRow]) -> PaperFigure:
         score="miou",
         axes=(PARAMS, FLOPS),
         series=[Series(name, name, rows, [row.row.label for row in rows]) for name, rows in series.items()],
-        caption="Points that the paper shows in the picture alone (such as HRNetV2 with OCR) are left out.",
+        caption="What the paper shows in its picture alone is left out.",
     )
 
 
@@ -139,8 +146,8 @@ def _hiri_vit_1(lines: Sequence[RebuiltRow]) -> PaperFigure:
         score="top1",
         axes=(FLOPS, TIME),
         series=[line for line in series if line.rows],
-        caption="Inference time: of the introduction's sentence, else one second / the throughput of Table 2. That of "
-        "Swin-B at 448 is in the paper's picture alone and left out.",
+        caption="Inference time: 3.95 ms is the introduction's, the others are one second / the throughput of Table 2; "
+        "that of Swin-B at 448 is in the paper's picture alone and left out.",
         notes=notes,
     )
 
@@ -150,18 +157,19 @@ def _hiri_vit_6(lines: Sequence[RebuiltRow]) -> PaperFigure:
     notes = [_sizeless(line.row, "Figure 6") for line in lines if line.row.input_size is None]
     lines = [line for line in lines if line.row.input_size is not None]
     labels = [line.row.label for line in lines]
-    groups: dict[str, list[RebuiltRow]] = {}
+    groups: dict[tuple[str, int | None], list[RebuiltRow]] = {}
     for line in lines:
         several = labels.count(line.row.label) > 1  # One network at several sizes: a line for each size.
-        size = f" at {line.row.input_size[1]}" if several else ""
-        groups.setdefault(_stem(line.row.label) + size, []).append(line)
+        size = line.row.input_size[1] if several else None
+        groups.setdefault((_stem(line.row.label), size), []).append(line)
     series, single = [], 0
-    for name, rows in groups.items():
-        family = name.partition(" at ")[0]
-        if len(rows) >= LEAST or family in FAMILIES:
-            series.append(Series(name, family, rows))
-        else:
+    for (family, size), rows in groups.items():
+        if len(rows) < LEAST and family not in FAMILIES:
             single += len(rows)
+            continue
+        largest = max((s for f, s in groups if f == family and s), default=None)
+        name = f"{family} at {size}" if size else family
+        series.append(Series(name, family, rows, tag="" if size == largest else str(size)))
     return PaperFigure(
         name="papers_hiri_vit_figure_6",
         title="HIRI-ViT, Figure 6: accuracy against cost",
@@ -169,9 +177,9 @@ def _hiri_vit_6(lines: Sequence[RebuiltRow]) -> PaperFigure:
         score="top1",
         axes=(FLOPS, PARAMS, TIME),
         series=series,
-        caption="Inference time: one second / the throughput of Table 2, on the paper's hardware. Baselines at 224 x "
-        f"224 (CMT-B: 256). {single} of {len(lines)} rows are not drawn: of their families the table has fewer than "
-        f"{LEAST}. Points without a printed cost are missing.",
+        caption="Inference time: one second / the throughput of Table 2, on the paper's hardware. Baselines at 224. "
+        f"{single} of {len(lines)} rows are not drawn: their families have fewer than {LEAST} rows. "
+        "Points without a printed cost are missing.",
         notes=notes,
     )
 
@@ -188,7 +196,7 @@ def _sizeless(row: PaperRow, figure: str) -> str:
 def _points(series: Series, axis: Axis, score: str) -> list[Point]:
     """The rows of a series that have a cost on this axis, cheapest first."""
     points = []
-    for line, name in zip(series.rows, series.names or [series.name] * len(series.rows), strict=True):
+    for line, name in zip(series.rows, series.names or [series.tag or series.name] * len(series.rows), strict=True):
         printed = _time(line.row) if axis is TIME else line.row.number(axis.name)
         cell = line.cells.get(axis.name)
         known = (cell.common or cell.measured) if cell else None
@@ -196,7 +204,7 @@ def _points(series: Series, axis: Axis, score: str) -> list[Point]:
         trained = line.cells[score].measured.value if score in line.cells else None
         if printed is not None or counted is not None:
             points.append(Point(name, printed, counted, line.row.number(score), trained))
-    return sorted(points, key=lambda point: point.printed if point.printed is not None else point.counted)
+    return sorted(points, key=lambda point: point.cost)
 
 
 def _time(row: PaperRow) -> float | None:
@@ -219,13 +227,16 @@ def _draw(content: PaperFigure, families: Sequence[str]) -> Figure:
 def _compose(content: PaperFigure, families: Sequence[str], unlabelled: Sequence[str]) -> tuple[Figure, list[str]]:
     """The figure, and the names that found no place for a label."""
     size = 8.5
-    everywhere = looks_of(families, [series.family for series in content.series])
+    names = {s.family: next((f for f in families if f"({s.family})" in f), s.family) for s in content.series}
+    everywhere = looks_of(families, list(names.values()))
     quiet = len(content.series) > 6  # Colours for so many would need to be looked up: the labels tell them.
-    looks = {
-        series.name: (QUIET, "o") if quiet and series.family not in FAMILIES else everywhere[series.family]
-        for series in content.series
-    }
-    rows = -(-len(content.axes) // 2)
+    looks: dict[str, Look] = {}
+    for series in content.series:
+        colour, marker = everywhere[names[series.family]]
+        marker = marker if marker in HOLLOW else "o"
+        looks[series.name] = (QUIET, "o") if quiet and series.family not in FAMILIES else (colour, marker)
+    columns = 1 if quiet else 2
+    rows = -(-len(content.axes) // columns)
     figure = blank(1.0 + 3.3 * rows)
     points = {
         (series.name, axis.name): _points(series, axis, content.score)
@@ -235,7 +246,7 @@ def _compose(content: PaperFigure, families: Sequence[str], unlabelled: Sequence
     trained = any(point.trained is not None for found in points.values() for point in found)
     caption = content.caption
     caption += f" Without a label for lack of room: {listed(unlabelled)}." if unlabelled else ""
-    grid = figure.subplots(rows, 2, squeeze=False).ravel()
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(content.axes) :]:
         axes.remove()
     bottom = add_footer(figure, _handles(size, trained), caption, size - 1)
@@ -268,19 +279,20 @@ def _handles(size: float, trained: bool) -> list[Line2D]:
 def _draw_panel(axes: Axes, axis: Axis, found: dict[str, list[Point]], looks: dict[str, Look], size: float) -> None:
     for name, points in found.items():
         colour, marker = looks[name]
-        over = 2 if colour != QUIET else 0  # Comparisons stay below.
+        over = 2 if colour != QUIET else 0  # Comparisons stay below, and smaller.
+        width = diameter(size) * (1 if over else 0.75)
         reported = [(point.printed, point.reported) for point in points if point.printed is not None]
         axes.plot(*np.array(reported).reshape(-1, 2).T, color=colour, linewidth=1, alpha=0.6, zorder=2 + over / 10)
         for point in points:
             base = {"color": colour, "marker": marker, "linestyle": ""}
             if point.printed is not None:
-                style = base | {"markerfacecolor": "white", "markersize": diameter(size)}
+                style = base | {"markerfacecolor": "white", "markersize": width}
                 axes.plot(point.printed, point.reported, zorder=3 + over, **style)
             if point.printed is not None and point.counted is not None:
                 ends = [point.printed, point.counted]
                 axes.plot(ends, [point.reported] * 2, color=colour, linewidth=0.8, zorder=3.5 + over)
             if point.counted is not None:
-                axes.plot(point.counted, point.reported, zorder=4 + over, markersize=diameter(size) * 0.5, **base)
+                axes.plot(point.counted, point.reported, zorder=4 + over, markersize=width * 0.5, **base)
             if point.trained is not None:
                 cost = point.counted if point.counted is not None else point.printed
                 axes.plot(cost, point.trained, color="0.1", marker="*", linestyle="", markersize=size, zorder=7)
@@ -305,7 +317,7 @@ def _draw_labels(
     for name, points in found.items():
         if not points:
             continue
-        spots = [(p.printed if p.printed is not None else p.counted, p.reported) for p in points]
+        spots = [(point.cost, point.reported) for point in points]
         pixels = axes.transData.transform(spots)
         obstacles += [np.concatenate([pixel - half, pixel + half]) for pixel in pixels]
         paths.append(pixels)
@@ -315,9 +327,23 @@ def _draw_labels(
                 wanted.append(Label(point.label, x, y, looks[name][0] if not rank else "0.3", rank))
             if point.counted is not None:
                 pixel = axes.transData.transform((point.counted, point.reported))
-                obstacles.append(np.concatenate([pixel - half / 2, pixel + half / 2]))
+                obstacles.append(np.concatenate([pixel - half * 0.8, pixel + half * 0.8]))
     sizes = (size, size - 0.75, size - 1.5)
-    return place(axes, wanted, obstacles=obstacles, lines=paths, marker_size=diameter(size + 1), sizes=sizes)[1]
+    return place(axes, _joined(wanted), obstacles=obstacles, lines=paths, marker_size=diameter(size + 1), sizes=sizes)[
+        1
+    ]
+
+
+def _joined(labels: Sequence[Label]) -> list[Label]:
+    """Sizes of one network that cost the same are named together, the best first."""
+    kept: list[Label] = []
+    for label in sorted(labels, key=lambda label: -label.y):
+        above = [i for i, other in enumerate(kept) if (other.colour, other.x) == (label.colour, label.x)]
+        if label.text.isdecimal() and above:
+            kept[above[0]] = replace(kept[above[0]], text=f"{kept[above[0]].text}, {label.text}")
+        else:
+            kept.append(label)
+    return kept
 
 
 def _describe(figure: PaperFigure) -> str:
@@ -328,7 +354,6 @@ def _describe(figure: PaperFigure) -> str:
             points = _points(series, axis, figure.score)
             if points and (series.names or series.family in FAMILIES):
                 best = max(points, key=lambda point: point.reported)
-                cost = best.printed if best.printed is not None else best.counted
-                parts.append(f"{series.name} up to {best.reported:g} % at {cost:.3g} {axis.unit}")
+                parts.append(f"{series.name} up to {best.reported:g} % at {best.cost:.3g} {axis.unit}")
     counted = sum(p.counted is not None for s in figure.series for p in _points(s, figure.axes[0], figure.score))
     return f"{figure.title}, as reported, with {counted} models as counted here. {'; '.join(parts)}."

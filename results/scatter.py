@@ -7,7 +7,7 @@ import numpy as np
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .labels import Label, place, shorten
 from .record import TASKS, Record
@@ -24,6 +24,7 @@ from .style import (
     lay_out,
     listed,
     looks_of,
+    set_log_ticks,
     slug,
     themed,
 )
@@ -115,7 +116,8 @@ def panels(records: Sequence[Record]) -> tuple[list[Panel], list[str]]:
     families = tuple(sorted({record.family for record in records}))
     for task in TASKS:
         rows = join(records, task)
-        datasets = list(dict.fromkeys(row.data for row in rows))
+        # A cost at a size that nothing is trained at belongs to no data set: no accuracy can be beside it.
+        datasets = list(dict.fromkeys(row.data for row in rows if row.data)) or list({row.data for row in rows})
         for data in datasets:
             group = [row for row in rows if row.data == data]
             suffix = f"_{slug(data or 'no data')}" if len(datasets) > 1 else ""
@@ -233,18 +235,16 @@ def _draw_points(axes: Axes, panel: Panel, looks: Mapping[str, Look], size: floa
 
 def _set_limits(axes: Axes, panel: Panel, points: np.ndarray) -> None:
     x, y = points[:, 0], points[:, 1]
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     if x.max() / x.min() > 8:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        set_log_ticks(axes.xaxis, x.max() / x.min())
         room = (x.max() / x.min()) ** 0.15
         axes.set_xlim(x.min() / room, x.max() * room)
     else:
         room = max(0.18 * (x.max() - x.min()), 0.2 * x.max())
         axes.set_xlim(max(0.0, x.min() - room), x.max() + room)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
-    axes.xaxis.set_major_formatter(plain)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     low, high = y.min(), y.max()
     trivial = _trivial(panel)
     if trivial is not None and not _is_far(trivial, y):

@@ -15,10 +15,12 @@ from pathlib import Path
 import matplotlib
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .files import write_atomic
 from .labels import shorten
@@ -99,7 +101,7 @@ def lay_out(figure: Figure, bottom: float) -> None:
     """Arrange the axes above `bottom` (a fraction of the height), and then let nothing move any more."""
     figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, bottom, 1, 1 - bottom), w_pad=0.08, h_pad=0.08))
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # Labels are placed in pixels.
+    figure.set_layout_engine(None)  # Labels are placed in pixels.
 
 
 def looks_of(families: Iterable[str], more: Sequence[str] = ()) -> dict[str, Look]:
@@ -127,6 +129,13 @@ def family_handles(shown: dict[str, Look], size: float) -> list[Line2D]:
         handle(shorten(name, 20), colour, marker=marker, linestyle="", markersize=size * 0.75)
         for name, (colour, marker) in shown.items()
     ]
+
+
+def set_log_ticks(axis: Axis, ratio: float) -> None:
+    """Ticks of a logarithmic axis whose largest value is `ratio` times the smallest, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1,) if ratio > 300 else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def add_titles(axes: Axes, title: str, subtitle: str, size: float, single: bool = False) -> None:

@@ -51,12 +51,12 @@ def test_no_records_no_plot(record, tmp_path):
 
 def test_one_model_of_an_unknown_family_with_an_odd_name(record, tmp_path):
     common = {"model": "$x_{1$ & <b>", "family": "Nobody's $family"}
-    score = record("evaluate", metrics={"top1": 80.0}, input_size=[224, 224], **common)
+    score = record("evaluate", key="score", metrics={"top1": 80.0}, input_size=[224, 224], **common)
     drawn = plots.draw([score, *sized(record, **common)], tmp_path)
     names = [plot.name for plot in drawn.plots]
     assert names == ["classification_top1_vs_macs", "overview", "cost_growth", "cost_growth_exponents"]
     (note,) = drawn.notes
-    assert note.startswith("No plot of classification against parameters or latency or memory")
+    assert note.startswith("No plot of classification against parameters or latency or memory on digit_scenes")
 
 
 def test_several_data_sets_get_plots_of_their_own(suite, tmp_path):
