@@ -44,11 +44,12 @@ class Axis:
     name: str
     label: str
     unit: str
+    spoken: str  # the unit behind a number
 
 
-FLOPS = Axis("gflops", "FLOPs as printed, MACs as counted", "billions")
-PARAMS = Axis("params_m", "Parameters", "millions")
-TIME = Axis("time", "Inference time of an image, as reported", "milliseconds")
+FLOPS = Axis("gflops", "FLOPs as printed, MACs as counted", "billions", "GFLOPs")
+PARAMS = Axis("params_m", "Parameters", "millions", "million parameters")
+TIME = Axis("time", "Inference time of an image, as reported", "milliseconds", "ms")
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,6 @@ def _describe(figure: PaperFigure) -> str:
             points = _points(series, axis, figure.score)
             if points and (series.names or series.family in FAMILIES):
                 best = max(points, key=lambda point: point.reported)
-                parts.append(f"{series.name} up to {best.reported:g} % at {best.cost:.3g} {axis.unit}")
+                parts.append(f"{series.name} up to {best.reported:g} % at {best.cost:.3g} {axis.spoken}")
     counted = sum(p.counted is not None for s in figure.series for p in _points(s, figure.axes[0], figure.score))
     return f"{figure.title}, as reported, with {counted} models as counted here. {'; '.join(parts)}."

@@ -45,6 +45,7 @@ class Axis:
     title: str
     label: str
     unit: str
+    spoken: str  # the unit behind a number
     scale: float = 1.0
     timed: bool = False  # depends on the hardware
 
@@ -54,10 +55,10 @@ class Axis:
 
 
 AXES = (
-    Axis("macs", "macs", "compute", "Multiply-accumulates of one image", "billions", 1e-9),
-    Axis("params", "params", "parameters", "Parameters", "millions", 1e-6),
-    Axis("latency", "latency_ms", "latency", "Latency of one forward pass", "milliseconds", timed=True),
-    Axis("memory", "peak_memory_mb", "memory", "Peak memory of one forward pass", "MB", timed=True),
+    Axis("macs", "macs", "compute", "Multiply-accumulates of one image", "billions", "billion", 1e-9),
+    Axis("params", "params", "parameters", "Parameters", "millions", "million", 1e-6),
+    Axis("latency", "latency_ms", "latency", "Latency of one forward pass", "milliseconds", "ms", timed=True),
+    Axis("memory", "peak_memory_mb", "memory", "Peak memory of one forward pass", "MB", "MB", timed=True),
 )
 GLANCE = ("macs", "latency")  # what the overview shows
 
@@ -234,7 +235,9 @@ def _draw_points(axes: Axes, panel: Panel, looks: Mapping[str, Look], size: floa
 
 
 def _set_limits(axes: Axes, panel: Panel, points: np.ndarray) -> None:
-    x, y = points[:, 0], points[:, 1]
+    cells = [row.cells[panel.axis.cell] for row in panel.rows]
+    ends = [end * panel.axis.scale for cell in cells for end in (cell.low, cell.high) if end]
+    x, y = np.concatenate([points[:, 0], ends]), points[:, 1]
     if x.max() / x.min() > 8:
         axes.set_xscale("log")
         set_log_ticks(axes.xaxis, x.max() / x.min())
@@ -349,7 +352,7 @@ def _describe(panel: Panel) -> str:
     front = listed([panel.names[i] for i in pareto_front(panel.points)])
     return (
         f"{panel.title}, {len(panel.rows)} models. "
-        f"Highest: {name} with {score:.1f} % at {cost:.3g} {panel.axis.unit}. Best for their cost: {front}."
+        f"Highest: {name} with {score:.1f} % at {cost:.3g} {panel.axis.spoken}. Best for their cost: {front}."
     )
 
 

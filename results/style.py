@@ -99,9 +99,8 @@ def blank(height: float) -> Figure:
 
 def lay_out(figure: Figure, bottom: float) -> None:
     """Arrange the axes above `bottom` (a fraction of the height), and then let nothing move any more."""
-    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, bottom, 1, 1 - bottom), w_pad=0.08, h_pad=0.08))
-    figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # Labels are placed in pixels.
+    # Once and not at every drawing: labels are placed in pixels, and it takes as long as a drawing.
+    ConstrainedLayoutEngine(rect=(0, bottom, 1, 1 - bottom), w_pad=0.08, h_pad=0.08).execute(figure)
 
 
 def looks_of(families: Iterable[str], more: Sequence[str] = ()) -> dict[str, Look]:

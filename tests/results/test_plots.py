@@ -34,7 +34,7 @@ def test_files_sizes_and_words(ragged_suite, tmp_path):
         assert width == 1600
         assert 900 < height < 1600
         assert plot.path.with_suffix(".svg").read_text().startswith("<?xml")
-    assert "Highest: hiri_vit_s with 59.4 % at 105 milliseconds." in drawn.plots[6].alt
+    assert "Highest: hiri_vit_s with 59.4 % at 105 ms." in drawn.plots[6].alt
     assert drawn.notes == []
 
 

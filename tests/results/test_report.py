@@ -84,7 +84,7 @@ def test_the_page(output, ragged_suite):
     assert [len(page.all(heading)) > 0 for heading in ("h1", "h2", "h3")] == [True, True, True]
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
     images = page.all("img")
-    assert len(images) == 4
+    assert len(images) == 8
     assert all(image["alt"] and image["src"].startswith("data:image/svg+xml;base64,") for image in images)
     # Every link leads to a part of the page or to a file that exists: the page opens without a network.
     for link in page.all("a"):
