@@ -36,4 +36,7 @@ def draw(records: Sequence[Record], folder: Path, tables: Sequence[RebuiltTable]
         (paper_figures.sketch(figure, families) for figure in figures),
     )
     plots = [write(sketch, folder) for sketch in sketches]  # one after the other: a figure takes much memory
+    # Where nobody tried to train, it is no news that there is no accuracy; but a report without a plot says why.
+    tried = any(record.stage in ("train", "evaluate") for record in records)
+    notes = notes if tried or not plots else []
     return Drawn(plots, [*notes, *(note for figure in figures for note in figure.notes)])

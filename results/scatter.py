@@ -13,6 +13,7 @@ from .labels import Label, place, shorten
 from .record import TASKS, Record
 from .rows import METRIC, Row, join, labels
 from .style import (
+    FAMILIES,
     Look,
     Sketch,
     add_footer,
@@ -33,6 +34,7 @@ RING = {"marker": "o", "markerfacecolor": "none", "markersize": 9}  # around eac
 NOUN = {"classification": "Top-1 accuracy", "segmentation": "Mean IoU"}
 FAR = 4.0  # A trivial baseline so many times the range of the points below them is written, not drawn to scale.
 CROWD = 10  # Small panels of the overview with more points than this name only those on the Pareto front.
+MOST = 40  # With more points than this a single plot names those on the front, and the suite's own families.
 TRIVIAL = {"classification": "trivial (most frequent class)", "segmentation": "trivial (all background)"}
 
 
@@ -154,7 +156,7 @@ def _compose(panels: Sequence[Panel], unlabelled: Sequence[str]) -> tuple[Figure
     size = 9.5 if single else 8.5  # points; the figure is shown at about half its pixels
     lines = -(-len(panels) // 2)
     crowd = max(len(panel.rows) for panel in panels)
-    height = 5.2 + 0.1 * max(0, crowd - 10) if single else 0.7 + 3.1 * lines
+    height = 5.2 + 0.1 * max(0, min(crowd, MOST) - 10) if single else 0.7 + 3.1 * lines
     figure = blank(height)
     shown = {row.family for panel in panels for row in panel.rows}
     everywhere = looks_of(shown.union(*(panel.families for panel in panels)))
@@ -170,7 +172,7 @@ def _compose(panels: Sequence[Panel], unlabelled: Sequence[str]) -> tuple[Figure
     lay_out(figure, bottom)
     left_out: list[str] = []
     for axes, panel in zip(grid, panels, strict=False):
-        left_out += _draw_labels(axes, panel, looks, size - 1, all_names=single or len(panel.rows) <= CROWD)
+        left_out += _draw_labels(axes, panel, looks, size - 1, _named(panel, single))
     return figure, list(dict.fromkeys(left_out))
 
 
@@ -258,8 +260,17 @@ def _set_limits(axes: Axes, panel: Panel, points: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 0 <= value <= 100 else ""))
 
 
-def _draw_labels(axes: Axes, panel: Panel, looks: Mapping[str, Look], size: float, all_names: bool) -> list[str]:
-    """Name the points, or only those on the front; returns the names that found no place."""
+def _named(panel: Panel, single: bool) -> list[int]:
+    """The points that get a name."""
+    everybody = range(len(panel.rows))
+    if len(panel.rows) <= (MOST if single else CROWD):
+        return list(everybody)
+    front = pareto_front(panel.points)
+    return [i for i in everybody if i in front or (single and panel.rows[i].family in FAMILIES)]
+
+
+def _draw_labels(axes: Axes, panel: Panel, looks: Mapping[str, Look], size: float, named: Sequence[int]) -> list[str]:
+    """Name these points; returns the names that found no place."""
     front = pareto_front(panel.points)
     wanted = [
         Label(
@@ -268,7 +279,7 @@ def _draw_labels(axes: Axes, panel: Panel, looks: Mapping[str, Look], size: floa
             looks[panel.rows[i].family][0],
             rank=i not in front,
         )
-        for i in (range(len(panel.rows)) if all_names else front)
+        for i in named
     ]
     everywhere = axes.transData.transform(panel.points)
     half = diameter(size + 1) * axes.figure.dpi / 72 / 2
@@ -342,7 +353,9 @@ def _caption(panels: Sequence[Panel], unlabelled: Sequence[str]) -> str:
     if unlabelled:
         sentences.append(f"Without a label for lack of room: {listed(unlabelled)}.")
     if len(panels) > 1 and any(len(panel.rows) > CROWD for panel in panels):
-        sentences.append("Crowded panels name only the models on the Pareto front; the single plots name all.")
+        sentences.append("Crowded panels name only the models on the Pareto front; the single plots name more.")
+    if len(panels) == 1 and len(panels[0].rows) > MOST:
+        sentences.append("Named are the models on the Pareto front and the suite's own families; the table has all.")
     return " ".join(sentences)
 
 

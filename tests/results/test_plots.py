@@ -49,6 +49,15 @@ def test_no_records_no_plot(record, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_costs_alone_are_no_reason_to_miss_accuracies(record, tmp_path):
+    drawn = plots.draw(sized(record), tmp_path)
+    assert [plot.name for plot in drawn.plots] == ["cost_growth", "cost_growth_exponents"]
+    assert drawn.notes == []
+    blocked = record("evaluate", status="blocked", reason="no data", input_size=[224, 224])
+    (note,) = plots.draw([*sized(record), blocked], tmp_path).notes
+    assert note.startswith("No plot of classification against compute")
+
+
 def test_one_model_of_an_unknown_family_with_an_odd_name(record, tmp_path):
     common = {"model": "$x_{1$ & <b>", "family": "Nobody's $family"}
     score = record("evaluate", key="score", metrics={"top1": 80.0}, input_size=[224, 224], **common)

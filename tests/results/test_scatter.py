@@ -48,6 +48,16 @@ def test_single_plots_are_clean_and_name_every_point(case, suite):
         assert {shorten(name, 26 if len(panel.names) > 12 else 34) for name in panel.names} <= shown
 
 
+def test_a_crowd_names_the_front_and_the_suites_own_families(suite):
+    rows = [*models(60, "other_{}"), *(("own", "HiViT", 5, 40.0, 40.0, 31.0, 31.0),)]
+    panel = panels_of(suite(rows, tasks=("classification",)))[0]
+    front = {panel.names[i] for i in scatter.pareto_front(panel.points)}
+    drawn = scatter.figure([panel])
+    assert_clean(drawn)
+    assert {name for name, _ in texts_of(drawn.axes[0]) if "trivial" not in name} == front | {"own"}
+    assert "Named are the models on the Pareto front" in drawn.texts[0].get_text()
+
+
 @pytest.mark.parametrize("case", ["one", "eight", "thirty long names of many families", "thirty coincident"])
 def test_the_overview_is_clean(case, suite):
     hardware = "A rather long name of a processor at 2.70 GHz, 64 threads, on some machine or other"
