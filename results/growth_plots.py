@@ -282,6 +282,7 @@ def _exponents(group: Group) -> Figure:
         ]
         ways = dict.fromkeys(group.way(name) for name in group.curves if SHOWN[name].timed)
         caption = "Exponent k of cost ~ pixels^k." + "".join(f" Memory and latency on {way}." for way in ways if way)
+        caption += f" {_lacking([curve for curves in group.curves.values() for curve in curves])}"
         bottom = add_footer(figure, handles, caption, size - 1)
         columns = figure.subplots(1, len(group.curves), squeeze=False, sharey=True, sharex=True)[0]
         about = ": ".join(filter(None, ["Exponents of growth", group.subtitle]))

@@ -137,7 +137,7 @@ def _hiri_vit_1(lines: Sequence[RebuiltRow]) -> PaperFigure:
     series, notes = [], []
     for name, family in (("Swin-B", "Swin"), ("HIRI-ViT-B", "HIRI-ViT")):
         own = [line for line in lines if line.row.label == name and line.row.number("top1") is not None]
-        notes += [_sizeless(line.row, "Figure 1") for line in own if line.row.input_size is None]
+        notes += [_sizeless(line.row) for line in own if line.row.input_size is None]
         rows = sorted((line for line in own if line.row.input_size in sizes), key=lambda line: line.row.input_size)
         series.append(Series(name, family, rows, [f"{name} at {sizes[line.row.input_size]}" for line in rows]))
     return PaperFigure(
@@ -155,7 +155,7 @@ def _hiri_vit_1(lines: Sequence[RebuiltRow]) -> PaperFigure:
 
 def _hiri_vit_6(lines: Sequence[RebuiltRow]) -> PaperFigure:
     lines = [line for line in lines if line.row.number("top1") is not None]
-    notes = [_sizeless(line.row, "Figure 6") for line in lines if line.row.input_size is None]
+    notes = [_sizeless(line.row) for line in lines if line.row.input_size is None]
     lines = [line for line in lines if line.row.input_size is not None]
     labels = [line.row.label for line in lines]
     groups: dict[tuple[str, int | None], list[RebuiltRow]] = {}
@@ -190,8 +190,9 @@ def _stem(label: str) -> str:
     return label.rpartition("-")[0] or label
 
 
-def _sizeless(row: PaperRow, figure: str) -> str:
-    return f"{row.paper}, {figure}: row {row.row} of Table {row.table} ({row.label}) has no input_size; it is left out."
+def _sizeless(row: PaperRow) -> str:
+    where = f"{row.paper}, Table {row.table}, row {row.row} ({row.label})"
+    return f"{where}: no input_size, so the paper's figures leave it out; write it into the file."
 
 
 def _points(series: Series, axis: Axis, score: str) -> list[Point]:

@@ -39,4 +39,5 @@ def draw(records: Sequence[Record], folder: Path, tables: Sequence[RebuiltTable]
     # Where nobody tried to train, it is no news that there is no accuracy; but a report without a plot says why.
     tried = any(record.stage in ("train", "evaluate") for record in records)
     notes = notes if tried or not plots else []
-    return Drawn(plots, [*notes, *(note for figure in figures for note in figure.notes)])
+    left_out = dict.fromkeys(note for figure in figures for note in figure.notes)
+    return Drawn(plots, [*notes, *left_out])

@@ -140,8 +140,9 @@ def test_a_row_without_a_size_is_one_line_and_the_rest_is_drawn(printed, records
     ]
     figures = paper_figures.figures(rebuild(replace(printed, rows=rows), records))
     notes = [note for figure in figures for note in figure.notes]
-    line = "row 47 of Table 2 (HIRI-ViT-B) has no input_size; it is left out."
-    assert notes == [f"hiri_vit, Figure {number}: {line}" for number in (1, 6)]
+    where = "hiri_vit, Table 2, row 47 (HIRI-ViT-B)"
+    line = f"{where}: no input_size, so the paper's figures leave it out; write it into the file."
+    assert notes == [line, line]  # of two figures; a report says it once
     assert len(figures) == 3
     assert len(points(figures[1], "HIRI-ViT-B", paper_figures.FLOPS)) == 2
 

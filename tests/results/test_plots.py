@@ -6,8 +6,9 @@ from dataclasses import replace
 import matplotlib
 import pytest
 
-from results import plots, report, style
+from results import papers, plots, report, style
 from results.ledger import Ledger
+from results.rebuilt import rebuild
 
 TWO = [("hivit_tiny", "HiViT", 18.7, 4.6, 61.0, 93.4, 58.1), ("deit", "DeiT", 5.7, 1.3, 22.0, 84.2, 41.3)]
 AXES = ("macs", "params", "latency", "memory")
@@ -56,6 +57,18 @@ def test_costs_alone_are_no_reason_to_miss_accuracies(record, tmp_path):
     blocked = record("evaluate", status="blocked", reason="no data", input_size=[224, 224])
     (note,) = plots.draw([*sized(record), blocked], tmp_path).notes
     assert note.startswith("No plot of classification against compute")
+
+
+def test_figures_of_papers_come_with_a_measurement_and_a_row_without_a_size_is_told_once(record, tmp_path):
+    printed = papers.load()
+    job = {"model": "hiri_vit_base", "num_classes": 1000}
+    cost = record("cost", model="b", input_size=[448, 448], metrics={"params": 5.44e7, "macs": 9.6e9}, job=job)
+    printed.rows = [replace(r, input_size=None) if (r.table, r.row) == ("2", 47) else r for r in printed.rows]
+    drawn = plots.draw([cost], tmp_path, rebuild(printed, [cost]))
+    assert [plot.name for plot in drawn.plots] == ["papers_hiri_vit_figure_1", "papers_hiri_vit_figure_6"]
+    assert {plot.section for plot in drawn.plots} == {"papers"}
+    (note,) = drawn.notes
+    assert note.startswith("hiri_vit, Table 2, row 47 (HIRI-ViT-B): no input_size")
 
 
 def test_one_model_of_an_unknown_family_with_an_odd_name(record, tmp_path):
