@@ -13,11 +13,11 @@ from filelock import FileLock
 
 from .files import write_atomic
 from .ledger import Ledger
+from .origin import origin
 from .papers import Papers
 from .papers import load as load_papers
 from .rebuilt import rebuild
 from .record import SCHEMA_VERSION, STAGES, STATUSES, TASKS, Record
-from .rows import hardware_label, started
 
 STAMP = ".report.json"
 LOCK_SECONDS = 300.0
@@ -73,6 +73,7 @@ def build(
         rebuilt = last.get("stamp") != stamp or not _intact(output, last["files"])
         if rebuilt:
             last = _write(output, records, printed, content, last) | {"stamp": stamp}
+            last |= {"title": title, "description": description}
             write_atomic(output / STAMP, json.dumps(last, indent=1) + "\n")
     counts = {status: sum(record.status == status for record in records) for status in STATUSES}
     return Built(
@@ -90,7 +91,7 @@ def _write(
 ) -> dict[str, Any]:
     from . import growth, leaderboard, paper_tables, plots, tables  # pandas and matplotlib: not before they are needed
 
-    files = [*leaderboard.write(records, output), *tables.write(records, output / "tables")]
+    files = [*leaderboard.write(records, output, printed), *tables.write(records, output / "tables")]
     files += growth.write(records, output / "tables")
     beside = rebuild(printed, records)
     drawn = plots.draw(records, output / "plots", beside)
@@ -141,7 +142,7 @@ def _page(
         notes=drawn.notes,
         undone=sorted((r for r in records if not r.done), key=_order),
         uncounted=_uncounted(records),
-        provenance=_provenance(records),
+        provenance=origin(records),
         records=[(record, _details(record)) for record in sorted(records, key=_order)],
         schema=SCHEMA_VERSION,
     )
@@ -189,28 +190,6 @@ def _uncounted(records: Sequence[Record]) -> list[str]:
     return sorted(found)
 
 
-def _provenance(records: Sequence[Record]) -> dict[str, list[str]]:
-    """What the records say about their origin: heading -> distinct values."""
-
-    def distinct(values: Sequence[Any]) -> list[str]:
-        return list(dict.fromkeys(str(value) for value in values if value))
-
-    days = sorted(started(record)[:10] for record in records if started(record))
-    versions: dict[str, dict[str, None]] = {}
-    for record in records:
-        packages = record.provenance.get("versions")
-        for name, version in sorted(packages.items()) if isinstance(packages, dict) else []:
-            versions.setdefault(name, {})[str(version)] = None
-    found = {
-        "Measured": distinct([days[0], days[-1]]) if days else [],
-        "Code revision": distinct([record.provenance.get("revision") for record in records]),
-        "Command": distinct([record.provenance.get("command") for record in records]),
-        "Hardware": distinct([hardware_label(record) for record in records]),
-        "Software": [f"{name} {' and '.join(found)}" for name, found in versions.items()],
-    }
-    return {heading: values for heading, values in found.items() if values}
-
-
 def _last(output: Path) -> dict[str, Any]:
     """What the last report left; empty when there was none or its stamp cannot be read."""
     try:
@@ -241,5 +220,5 @@ def _digest(*parts: str | bytes) -> str:
 def _code() -> str:
     """A digest of this folder's code and of the papers' rows: another version of them may write other reports."""
     folder = Path(__file__).parent
-    sources = sorted([*folder.glob("*.py"), *(folder / "templates").iterdir(), *(folder / "papers").iterdir()])
+    sources = sorted(path for pattern in ("*.py", "*.json", "templates/*", "papers/*") for path in folder.glob(pattern))
     return _digest(*(path.read_bytes() for path in sources if path.is_file()))
