@@ -93,8 +93,8 @@ def sketches(curves: Sequence[Curve], families: Sequence[str]) -> Iterator[Sketc
         title = "Cost against resolution"
         name = f"cost_growth{suffix}"
         yield Sketch(name, title, "cost", _describe(group, title, chosen), _overview(group, chosen))
-        if len(chosen) < len(group.models):
-            for quantity in group.curves:
+        for quantity, found in group.curves.items():
+            if any((curve.family, curve.model) not in chosen for curve in found):
                 title = f"{SHOWN[quantity].title} against resolution, all models"
                 alt = _describe(group, title, group.models, [quantity])
                 yield Sketch(f"{name}_{_short(quantity)}", title, "cost", alt, _families(group, quantity))

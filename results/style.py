@@ -39,9 +39,12 @@ STYLE = {
     "xtick.color": "0.3",
     "ytick.color": "0.3",
 }
-# Colours that people with colour-blindness can tell apart, dark enough for text on white, each with its own marker.
-FAMILIES = ("HiViT", "HRViT", "HRFormer", "HIRI-ViT")  # the suite's own families always look the same
-COLOURS = ("#0060a8", "#c44e00", "#00795a", "#a3317f", "#6b4c9a", "#8a6100", "#4d4d4d", "#2a8aa8", "#9e2a2b", "#5b7a1f")
+# Colours that people with colour-blindness can tell apart, dark enough for text on white, each with its own marker. The
+# suite's own families have four of them for themselves, and usual baselines always the same.
+FAMILIES = ("HiViT", "HRViT", "HRFormer", "HIRI-ViT")
+BASELINES = ("Swin", "ConvNeXt", "SegFormer (MiT)", "HRNet", "DeiT", "CSWin")
+BASELINES += ("ResNet", "PVTv2", "Twins", "DaViT", "MaxViT", "ViT")
+COLOURS = ("#0060a8", "#c44e00", "#00795a", "#a3317f", "#6b4c9a", "#8a6100", "#4d4d4d", "#1f7f9c", "#9e2a2b", "#5b7a1f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "*", "<", ">")
 Look = tuple[str, str]  # colour, marker
 
@@ -104,13 +107,16 @@ def lay_out(figure: Figure, bottom: float) -> None:
 
 
 def looks_of(families: Iterable[str], more: Sequence[str] = ()) -> dict[str, Look]:
-    """The look of each family, and of `more` beside them; ten colours and twelve markers make sixty pairs."""
-    others = sorted(set(families) - set(FAMILIES))
-    order = list(dict.fromkeys([*FAMILIES, *others, *more]))
+    """The look of each family, and of `more` beside them, which change no other look."""
     wanted = {*families, *more}
-    return {
-        name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(order) if name in wanted
-    }
+    others = list(dict.fromkeys([*BASELINES, *sorted(set(families) - set(FAMILIES)), *more]))
+    found = {family: (COLOURS[i], MARKERS[i]) for i, family in enumerate(FAMILIES)}
+    rest = COLOURS[len(FAMILIES) :]
+    for i, family in enumerate(name for name in others if name not in found):
+        turn, colour = divmod(i, len(rest))
+        # A colour that comes again has another marker each time: seventy-two pairs.
+        found[family] = rest[colour], MARKERS[(len(FAMILIES) + colour + 7 * turn) % len(MARKERS)]
+    return {name: look for name, look in found.items() if name in wanted}
 
 
 def diameter(size: float) -> float:

@@ -108,11 +108,13 @@ def test_a_folder_that_cannot_be_written_is_named(record, tmp_path):
 
 
 def test_families_look_different_and_keep_their_look():
-    families = [*style.FAMILIES, *(f"family {i}" for i in range(40))]
+    families = [*style.FAMILIES, *(f"family {i}" for i in range(60))]
     looks = style.looks_of(families)
-    assert len(set(looks.values())) == len(families)
-    assert style.looks_of(["DeiT", "HiViT"])["HiViT"] == looks["HiViT"]
-    assert style.looks_of(["DeiT"])["DeiT"] == style.looks_of(["DeiT", "HiViT"], more=["A"])["DeiT"]
+    assert len(set(looks.values())) == len(families) == len(looks)
+    own = {looks[family][0] for family in style.FAMILIES}
+    assert not own & {looks[family][0] for family in families[4:]}
+    assert style.looks_of(["Swin", "HiViT"])["HiViT"] == looks["HiViT"]
+    assert style.looks_of(["Swin"]) == {"Swin": style.looks_of([*families, "A", "Swin"], more=["B"])["Swin"]}
 
 
 def test_the_report_lists_the_growth_and_shows_its_plots(record, tmp_path):
@@ -125,3 +127,11 @@ def test_the_report_lists_the_growth_and_shows_its_plots(record, tmp_path):
     page = built.report.read_text()
     assert 'href="tables/growth.csv"' in page
     assert "Cost against resolution (classification)" in page
+
+
+def test_colours_are_dark_enough_for_text_on_white():
+    """WCAG 2's contrast for normal text: 4.5 to 1."""
+    for colour in style.COLOURS:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        assert 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) >= 4.5, colour
