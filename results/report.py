@@ -89,12 +89,14 @@ def build(
 def _write(
     output: Path, records: Sequence[Record], printed: Papers, content: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
-    from . import leaderboard, paper_tables, plots, tables  # pandas and matplotlib: not before they are needed
+    from . import growth, leaderboard, paper_tables, plots, tables  # pandas and matplotlib: not before they are needed
 
     files = [*leaderboard.write(records, output, printed), *tables.write(records, output / "tables")]
-    drawn = plots.draw(records, output / "plots")
+    files += growth.write(records, output / "tables")
+    beside = rebuild(printed, records)
+    drawn = plots.draw(records, output / "plots", beside)
     files += [path for plot in drawn.plots for path in plot.files]
-    rebuilt = paper_tables.write(rebuild(printed, records), printed, output / "tables")
+    rebuilt = paper_tables.write(beside, printed, output / "tables")
     write_atomic(output / "report.html", _page(records, drawn, rebuilt, content, files, output))
     files += rebuilt.files
     files.append(output / "report.html")
@@ -112,20 +114,20 @@ def _page(
 
     from . import tables
 
+    def figures(section: str) -> list[dict[str, str]]:
+        shown = [plot for plot in drawn.plots if plot.section == section]
+        return [{"alt": p.alt, "title": p.title, "svg": _inline(p.path.with_suffix(".svg"))} for p in shown]
+
     sections = []
     for kind in tables.KINDS:
         if rows := tables.rows_of(records, kind):
-            figures = [
-                {"alt": plot.alt, "title": plot.title, "svg": _inline(plot.path.with_suffix(".svg"))}
-                for plot in drawn.plots
-                if plot.name.startswith(kind)
-            ]
             own = [path for path in files if path.stem.removeprefix("leaderboard_").startswith(kind)]
+            own += [path for path in files if kind == "cost" and path.name == "growth.csv"]
             links = [path.relative_to(output).as_posix() for path in own if path.suffix != ".svg"]
-            sections.append({"id": kind, "table": tables.display(rows, kind), "plots": figures, "links": links})
+            sections.append({"id": kind, "table": tables.display(rows, kind), "plots": figures(kind), "links": links})
     for name, table in rebuilt.displays.items():
         links = [path.relative_to(output).as_posix() for path in rebuilt.links.get(name, [])]
-        sections.append({"id": name, "table": table, "plots": [], "links": links})
+        sections.append({"id": name, "table": table, "plots": figures(name), "links": links})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -11,6 +11,7 @@ import pytest
 from results import report
 from results.ledger import Ledger
 
+AXES = ("macs", "params", "latency", "memory")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -67,8 +68,8 @@ def test_the_page(output, ragged_suite):
     assert names == {
         *(f"leaderboard_{kind}.csv" for kind in ("classification", "segmentation", "cost")),
         *(f"tables/{k}.{s}" for k in ("classification", "segmentation", "cost") for s in ("csv", "md", "tex")),
-        *(f"plots/classification_top1_vs_{axis}.{s}" for axis in ("macs", "latency") for s in ("png", "svg")),
-        *(f"plots/segmentation_miou_vs_{axis}.{s}" for axis in ("macs", "latency") for s in ("png", "svg")),
+        *(f"plots/classification_top1_vs_{axis}.{s}" for axis in AXES for s in ("png", "svg")),
+        *(f"plots/segmentation_miou_vs_{axis}.{s}" for axis in AXES for s in ("png", "svg")),
         *("plots/overview.png", "plots/overview.svg", "report.html"),
     }
     assert all(path.is_file() for path in built.files)
@@ -83,7 +84,7 @@ def test_the_page(output, ragged_suite):
     assert [len(page.all(heading)) > 0 for heading in ("h1", "h2", "h3")] == [True, True, True]
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
     images = page.all("img")
-    assert len(images) == 4
+    assert len(images) == 8
     assert all(image["alt"] and image["src"].startswith("data:image/svg+xml;base64,") for image in images)
     # Every link leads to a part of the page or to a file that exists: the page opens without a network.
     for link in page.all("a"):
