@@ -257,7 +257,8 @@ def _job(record: Record) -> str:
     """What a job did, in words."""
     height, width = record.input_size
     where = f" on {record.data}" if record.data else ""
-    return f"{_stage(record)}: {_called(record)}, {record.task}{where}, {height}x{width}, {record.precision}"
+    classes = f", {count} classes" if (count := record.job.get("num_classes")) else ""
+    return f"{_stage(record)}: {_called(record)}, {record.task}{where}, {height}x{width}{classes}, {record.precision}"
 
 
 def _origin(record: Record) -> dict[str, str]:

@@ -93,7 +93,7 @@ for (const link of document.querySelectorAll("a.more")) {
   button.type = "button";
   button.className = "more";
   button.title = link.title;
-  button.textContent = link.textContent;
+  button.append(...link.childNodes);
   button.setAttribute("aria-expanded", "false");
   link.replaceWith(button);
 }

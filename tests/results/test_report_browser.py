@@ -105,9 +105,9 @@ def test_filters_by_family_and_words_and_survives_sorting(page):
     said = part.get_by_role("status")
     assert said.inner_text() == "8 rows"
     assert not part.get_by_role("button", name="Show all").is_visible()
-    part.get_by_label("HiViT").focus()
+    part.get_by_role("checkbox", name="HiViT").focus()
     page.keyboard.press("Space")
-    part.get_by_label("Swin").check()
+    part.get_by_role("checkbox", name="Swin").check()
     assert sorted(column(part, "Family")) == ["HiViT", "Swin"]
     assert said.inner_text() == "2 of 8 rows: HiViT, Swin"
     part.get_by_label("Find").fill("TINY window7")
@@ -150,9 +150,9 @@ def test_a_row_opens_what_it_was_made_from(page):
     part.get_by_role("columnheader", name="Params").get_by_role("button").click()
     above = opened.evaluate("row => row.previousElementSibling.cells[0].innerText")
     assert above.strip() == "hivit_tiny"  # It goes with its row.
-    part.get_by_label("MiT").check()
+    part.get_by_role("checkbox", name="MiT").check()
     assert not opened.is_visible()
-    part.get_by_label("HiViT").check()
+    part.get_by_role("checkbox", name="HiViT").check()
     opened.get_by_role("link", name="All that the record holds").nth(1).click()
     record = page.locator("[id='record-speed-seg-hivit_tiny-0']")
     record.get_by_text("10 values, lowest").wait_for(state="visible")
@@ -162,7 +162,7 @@ def test_a_row_opens_what_it_was_made_from(page):
 
 
 def test_a_link_shows_a_record_that_a_filter_hides(page):
-    section(page, "records").get_by_label("train").check()
+    section(page, "records").get_by_role("checkbox", name="train").check()
     part = section(page, "classification")
     part.get_by_role("button", name="hivit_tiny").click()
     part.get_by_role("link", name="All that the record holds").first.click()
@@ -181,11 +181,11 @@ def test_rebuilt_tables(page):
     table.get_by_role("button", name="Mine-S").click()
     assert "cost-cla-hivit_tiny-0" in table.locator("tr.origin").inner_text()
     assert table.get_by_role("button", name="Mine-B").count() == 0  # It has no record to show.
-    part.get_by_label("yours").check()
+    part.get_by_role("checkbox", name="yours").check()
     assert part.get_by_role("status").inner_text() == "1 of 4 rows: yours"
     assert not table.is_visible()
     assert part.locator("h3:visible").all_inner_texts() == ["yours"]
-    part.get_by_label("yours").uncheck()
+    part.get_by_role("checkbox", name="yours").uncheck()
     part.get_by_label("Find").fill("again")
     assert part.locator("details[id] > summary:visible").all_inner_texts()[0].endswith("(1 of 1 rows)")
     verdicts = section(page, "verdicts")
@@ -216,7 +216,7 @@ def test_without_scripts_everything_is_shown(open_page):
 
 def test_paper_shows_what_the_screen_shows(page):
     part = section(page, "classification")
-    part.get_by_label("HiViT").check()
+    part.get_by_role("checkbox", name="HiViT").check()
     page.emulate_media(media="print")
     assert part.locator("tbody tr:visible").count() == 1
     assert part.get_by_role("status").is_visible()
