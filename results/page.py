@@ -214,7 +214,7 @@ def _plots(drawn: "Drawn", output: Path) -> dict[str, list[dict[str, str]]]:
     sections: dict[str, list[dict[str, str]]] = {name: [] for name in (*TITLES, "papers")}
     for plot in drawn.plots:
         svg = plot.path.with_suffix(".svg")
-        figure = {"alt": plot.alt, "title": plot.title, "source": _inline(svg)}
+        figure = {"alt": plot.alt, "title": plot.title} | _inline(svg.read_text(encoding="utf-8"))
         figure |= {path.suffix[1:]: path.relative_to(output).as_posix() for path in (plot.path, svg)}
         section = getattr(plot, "section", plot.name.partition("_")[0])
         if section in sections:
@@ -222,12 +222,14 @@ def _plots(drawn: "Drawn", output: Path) -> dict[str, list[dict[str, str]]]:
     return sections
 
 
-def _inline(path: Path) -> str:
-    """An SVG as the source of an image: in one file, and without its ids meeting those of the other plots.
+def _inline(svg: str) -> dict[str, str]:
+    """An SVG as the source of an image, with its size: in one file, and without its ids meeting those of others.
 
     Percent-encoded rather than base64, which would be a fifth longer.
     """
-    return "data:image/svg+xml," + quote(path.read_text(encoding="utf-8"), safe=" \n/:=,()?;@!$*+-._~[]{}|^")
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    source = "data:image/svg+xml," + quote(svg, safe=" \n/:=,()?;@!$*+-._~[]{}|^")
+    return {"source": source, "width": f"{float(width):.0f}", "height": f"{float(height):.0f}"}
 
 
 def _undone(records: Sequence[Record]) -> Table:

@@ -49,13 +49,13 @@ function filter(form) {
   form.addEventListener("input", apply);
   form.addEventListener("submit", event => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(() => { apply(); form.elements.words.focus(); }));
-  apply();  // A browser may have kept what was typed before the page was loaded again.
+  if (form.elements.words.value || form.querySelector(":checked")) apply();  // what a browser kept over a reload
 }
 
 // What a row was made from: the origin of each of its records, from the list of records at the end.
-function toggle(button) {
-  const row = button.closest("tr"), opening = !below.has(row);
-  button.setAttribute("aria-expanded", opening);
+function toggle(name) {
+  const row = name.closest("tr"), opening = !below.has(row);
+  name.ariaExpanded = String(opening);
   if (!opening) {
     below.get(row).remove();
     below.delete(row);
@@ -89,18 +89,21 @@ function reveal() {
 }
 
 for (const link of document.querySelectorAll("a.more")) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "more";
-  button.title = link.title;
-  button.append(...link.childNodes);
-  button.setAttribute("aria-expanded", "false");
-  link.replaceWith(button);
+  link.role = "button";
+  link.ariaExpanded = "false";
 }
 for (const form of document.querySelectorAll("form.filter")) filter(form);
 document.addEventListener("click", event => {
-  const button = event.target.closest("th button");
-  if (button) button.classList.contains("more") ? toggle(button) : sort(button.parentElement);
+  const heading = event.target.closest("thead button"), name = event.target.closest("a.more");
+  if (heading) sort(heading.parentElement);
+  if (!name) return;
+  event.preventDefault();
+  toggle(name);
+});
+document.addEventListener("keydown", event => {
+  if (event.key !== " " || !event.target.matches("a.more")) return;
+  event.preventDefault();
+  toggle(event.target);
 });
 addEventListener("hashchange", reveal);
 reveal();

@@ -12,7 +12,7 @@ import pytest
 from results import report
 from results.ledger import Ledger
 
-VOID = {"meta", "img", "br", "hr", "link", "input", "wbr"}
+VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
