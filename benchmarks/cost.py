@@ -5,7 +5,6 @@ second) and `benchmarks.trace` watches its operators. MACs are half of what PyTo
 `torch.utils.flop_counter`, give. The trace serves the papers' own conventions, too: `benchmarks.conventions`.
 """
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.errors import InputError, unsupported_size
-from benchmarks.trace import Trace, Watch, copy_to_meta
+from benchmarks.trace import Trace, Watch, copy_to_meta, uncollected
 
 CONVENTION = (
     "Multiply-accumulates (MACs) of every convolution, linear layer and matrix product, both products of attention "
@@ -74,7 +73,13 @@ def count(
     name = type(model).__name__
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     # Not inference mode, in which torch takes linear layers apart in another way.
-    with _neutral_switches(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+    with (
+        uncollected(),
+        _neutral_switches(),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         ghost = copy_to_meta(model).eval()
         image = torch.empty((1, *input_size), dtype=dtype, device="meta")
         try:
@@ -109,11 +114,8 @@ def count(
 def _neutral_switches() -> Iterator[None]:
     """Attention in countable pieces: no fused kernel of nn.MultiheadAttention, no fused scaled_dot_product_attention.
 
-    Otherwise a model's MACs and activations would depend on which kernels this machine offers. And no garbage
-    collection, which would look at thousands of modules again and again.
+    Otherwise a model's MACs and activations would depend on which kernels this machine offers.
     """
-    collecting = gc.isenabled()
-    gc.disable()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -121,8 +123,6 @@ def _neutral_switches() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        if collecting:
-            gc.enable()
 
 
 def _auxiliary_parameters(model: nn.Module) -> int:

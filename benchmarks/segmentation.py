@@ -49,17 +49,16 @@ def build_model(job: Job) -> EncoderDecoder | ZooBackbone:
     if job.recipe is not None and job.recipe.drop_path_rate is not None:
         config.setdefault("drop_path_rate", job.recipe.drop_path_rate)
     config = {"name": job.model, "img_size": job.input_size, **config}
+    backbone = ZooBackbone(**config)
     if job.head == BARE:
-        return ZooBackbone(**config)
-    with torch.device("meta"):
-        channels = ZooBackbone(**config).channels
-    parts = heads.settings(job.head, channels, job.num_classes, job.head_config)
+        return backbone
+    parts = heads.settings(job.head, backbone.channels, job.num_classes, job.head_config)
     evaluation = job.recipe.evaluation if job.recipe is not None else {}
     test = {"mode": evaluation.get("mode", "whole")}
     if test["mode"] == "slide":
         test |= {"crop_size": job.input_size, "stride": tuple(evaluation["stride"])}
     return parts.pop("type")(
-        backbone={"type": ZooBackbone, **config},
+        backbone={"type": lambda: backbone},  # is built already: the heads are made for its channels
         **parts,
         test_cfg=ConfigDict(test),
         data_preprocessor={

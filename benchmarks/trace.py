@@ -5,6 +5,7 @@ repeat their blocks, so most of a forward is made this way, in a fraction of the
 """
 
 import copy
+import gc
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 _PROTOCOL = ("__reduce__", "__reduce_ex__", "__getstate__")  # by which a class tells how it is copied
+_FILLING = {"uniform_", "normal_", "fill_", "zero_", "copy_", "mul_", "add_", "sub_", "div_", "clamp_", "erfinv_"}
+_FILLING |= {name for name in vars(torch.nn.init) if name.endswith("_") and not name.endswith("__")}
 _BIAS_ARGUMENT = {"aten.convolution": 2, "aten.addmm": 0}  # position of the bias in operators that add one
 
 
@@ -149,17 +153,32 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def on_meta() -> Iterator[None]:
     """What is built inside has meta tensors, without the time that their initialisation takes."""
-    with torch.device("meta"), _Uninitialised():
+    with uncollected(), torch.device("meta"), _Uninitialised():
         yield
 
 
-class _Uninitialised(TorchDispatchMode):
-    """Leaves out what changes a meta tensor's values, since there are none."""
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection, which would look at thousands of new modules again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and _describe(func).in_place and args[0].is_meta:
-            return args[0]
-        return func(*args, **kwargs or {})
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what fills a meta tensor with values, since there are none: half of the time of building a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FILLING:
+            target = args[0] if args else kwargs.get("tensor")  # as torch.nn.init calls it
+            if isinstance(target, torch.Tensor) and target.is_meta:
+                return target
+        return func(*args, **kwargs)
 
 
 class _HasValuesError(Exception):

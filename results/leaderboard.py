@@ -1,60 +1,42 @@
 """Leaderboards as CSV with a stable schema: one file per task and one for cost, best first, unmeasured rows last.
 
-The columns are those of `SCHEMA`, in that order, in each file. A column is only ever added at the end. A number that
-was not measured is an empty cell; `status`, `cost_status`, `speed_status` and `reason` say why.
+`leaderboard_schema.json` beside this file names the columns, their types and what they hold. A number that was not
+measured is an empty cell; `status`, `cost_status`, `speed_status` and `reason` say why.
 """
 
 import csv
 import io
+import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .files import write_atomic
+from .papers import Papers
+from .rebuilt import reported
 from .record import Record
-from .rows import METRIC, Row
+from .rows import METRIC, Row, started, variant
 from .tables import KINDS, rows_of
 
-# Column -> what it holds.
-SCHEMA = {
-    "rank": "1 is best; empty for a row without the value that it is ranked by; ranked per task and data",
-    "task": "classification or segmentation",
-    "model": "name of the model in the suite",
-    "family": "name of the model family",
-    "head": "decode head of a segmentation model; empty for classification",
-    "data": "data set and version; empty where none is involved",
-    "input_height": "pixels",
-    "input_width": "pixels",
-    "precision": "numeric precision of the training and evaluation; of the speed in the cost leaderboard",
-    "seeds": "number of seeds that the metric is the mean of; empty without a metric",
-    "params": "number of parameters",
-    "macs": "multiply-accumulates of one image",
-    "activations": "elements that convolutions, linear layers and matrix products write for one image",
-    "latency_ms": "median milliseconds of a forward pass",
-    "latency_ms_low": "lower end of the latency's interval",
-    "latency_ms_high": "upper end of the latency's interval",
-    "throughput": "images per second",
-    "peak_memory_mb": "peak memory of a forward pass in MB",
-    "metric": "name of the metric: top1 or mIoU; empty in the cost leaderboard, which is ranked by macs",
-    "value": "the metric in percent, mean over seeds",
-    "value_std": "its sample standard deviation over seeds; empty for a single seed",
-    "baseline": "the same metric of a trivial prediction (majority class; all background), percent",
-    "direction": "higher or lower: which is better in the column that the rows are ranked by",
-    "hardware": "where the speed was measured; where the rest ran if it was not",
-    "revision": "revision of the code",
-    "date": "day of the latest measurement of the row, YYYY-MM-DD",
-    "status": "of what the rows are ranked by: done, failed, blocked or not run",
-    "cost_status": "of parameters, multiply-accumulates and activations",
-    "speed_status": "of latency, throughput and memory",
-    "reason": "why cells are empty, one sentence per stage, separated by semicolons",
-}
+SCHEMA_FILE = Path(__file__).with_name("leaderboard_schema.json")
 
 
-def leaderboard(records: Sequence[Record], kind: str) -> list[dict[str, object]]:
-    """The leaderboard of "classification", "segmentation" or "cost" as rows by column of `SCHEMA`; None is empty."""
+@cache
+def columns() -> dict[str, str]:
+    """The columns of every leaderboard, in order, with their types: integer, number, string or date."""
+    return {field["name"]: field["type"] for field in json.loads(SCHEMA_FILE.read_text())["fields"]}
+
+
+def leaderboard(records: Sequence[Record], kind: str, papers: Papers | None = None) -> list[dict[str, object]]:
+    """The leaderboard of "classification", "segmentation" or "cost" as rows by column; None is an empty cell.
+
+    `papers` are what the reported accuracies are looked up in; without them those cells stay empty.
+    """
     lines: list[dict[str, object]] = []
     ranks: dict[tuple, int] = {}
     for row in rows_of(records, kind):
-        line = _line(row, kind)
+        line = _line(row, kind, papers or Papers())
         group = (row.task, row.data)
         if _ranked_by(row, kind).value is not None:
             ranks[group] = ranks.get(group, 0) + 1
@@ -65,19 +47,19 @@ def leaderboard(records: Sequence[Record], kind: str) -> list[dict[str, object]]
 
 
 def to_csv(lines: Sequence[dict[str, object]]) -> str:
-    """CSV text with the columns of `SCHEMA`; numbers in full precision."""
+    """CSV text with the columns of the schema; numbers in full precision."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(SCHEMA), lineterminator="\n")
+    writer = csv.DictWriter(buffer, fieldnames=list(columns()), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return buffer.getvalue()
 
 
-def write(records: Sequence[Record], output: Path) -> list[Path]:
+def write(records: Sequence[Record], output: Path, papers: Papers | None = None) -> list[Path]:
     """Write `leaderboard_<kind>.csv` of every kind that has rows into `output`. Returns the paths."""
     written = []
     for kind in KINDS:
-        if lines := leaderboard(records, kind):
+        if lines := leaderboard(records, kind, papers):
             path = output / f"leaderboard_{kind}.csv"
             write_atomic(path, to_csv(lines))
             written.append(path)
@@ -88,12 +70,16 @@ def _ranked_by(row: Row, kind: str):
     return row.cells["macs"] if kind == "cost" else row.metric
 
 
-def _line(row: Row, kind: str) -> dict[str, object]:
+def _line(row: Row, kind: str, papers: Papers) -> dict[str, object]:
     scored = kind != "cost"
-    shown = ("params", "macs", "activations", "latency_ms", "throughput", "peak_memory_mb")
-    latency = row.cells["latency_ms"]
-    line: dict[str, object] = {name: row.cells[name].value for name in shown}
-    line |= {name: int(line[name]) for name in shown[:3] if line[name] is not None and float(line[name]).is_integer()}
+    line: dict[str, object] = {}
+    for name, cell in row.cells.items():
+        line |= {name: cell.value, f"{name}_low": cell.low, f"{name}_high": cell.high}
+    jobs = [record.job for record in row.records]
+    latest = max(row.records, key=started)
+    versions = latest.provenance.get("versions") or {}
+    paper = next((r.details["paper_convention"] for r in row.records if "paper_convention" in r.details), {})
+    value, source = reported(papers, row) if scored else (None, "")
     line |= {
         "rank": None,
         "task": row.task,
@@ -105,8 +91,6 @@ def _line(row: Row, kind: str) -> dict[str, object]:
         "input_width": row.input_size[1],
         "precision": row.precision,
         "seeds": row.metric.count or None if scored else None,
-        "latency_ms_low": latency.low,
-        "latency_ms_high": latency.high,
         "metric": METRIC[row.task] if scored else None,
         "value": row.metric.value if scored else None,
         "value_std": row.metric.std if scored else None,
@@ -119,5 +103,18 @@ def _line(row: Row, kind: str) -> dict[str, object]:
         "cost_status": row.stages["cost"].status,
         "speed_status": row.stages["speed"].status,
         "reason": "; ".join(row.reasons(("cost", "speed", "evaluate") if scored else ("cost", "speed"))),
+        "variant": variant(row.records[0]),
+        "num_classes": jobs[0].get("num_classes"),
+        "paper_convention": paper.get("name"),
+        "batch_size": next((job["speed"]["batch_size"] for job in jobs if job.get("speed")), None),
+        "reported_value": value,
+        "reported_in": source,
+        "software": ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions),
+        "records": " ".join(record.key for record in row.records),
     }
-    return line
+    return {name: _typed(line.get(name), kind) for name, kind in columns().items()}
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """Counts are means over seeds, so floating-point numbers: whole again where the schema says so."""
+    return int(value) if kind == "integer" and value is not None else value

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from .origin import origin
 from .papers import normalized
 from .record import SCHEMA_VERSION, STAGES, TASKS, Record
 from .rows import hardware_label, started
 
 if TYPE_CHECKING:
+    from .display import Display
     from .paper_tables import Written
     from .plots import Drawn
     from .rebuilt import RebuiltTable
-    from .tables import Display
 
 TITLES = {"classification": "Classification", "segmentation": "Segmentation", "cost": "Cost and speed"}
 ENTRIES, CHARACTERS = 40, 600  # of one part of a record, and of one entry of it: the ledger's file has the rest
@@ -106,7 +107,7 @@ def render(
         notes=drawn.notes,
         undone=_undone([record for record in ordered if not record.done]),
         uncounted=_uncounted(records),
-        provenance=_provenance(records),
+        provenance=origin(records),
         records=[(r, _job(r), _origin(r), _parts(r), _links(r, output)) for r in ordered],
         stages=Counter(record.stage for record in sorted(records, key=lambda record: STAGES.index(record.stage))),
         schema=SCHEMA_VERSION,
@@ -322,26 +323,3 @@ def _uncounted(records: Sequence[Record]) -> list[str]:
         names = record.details.get("uncounted") if record.stage == "cost" else None
         found |= set(map(str, names)) if isinstance(names, list | dict) else set()
     return sorted(found)
-
-
-def _provenance(records: Sequence[Record]) -> dict[str, list[str]]:
-    """What the records say about their origin: heading -> distinct values."""
-
-    def distinct(values: Iterable[Any]) -> list[str]:
-        return list(dict.fromkeys(str(value) for value in values if value))
-
-    days = sorted(started(record)[:10] for record in records if started(record))
-    versions: dict[str, dict[str, None]] = {}
-    for record in records:
-        packages = record.provenance.get("versions")
-        for name, version in sorted(packages.items()) if isinstance(packages, dict) else []:
-            versions.setdefault(name, {})[str(version)] = None
-    software = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
-    found = {
-        "Measured": [" to ".join(distinct([days[0], days[-1]]))] if days else [],
-        "Code revision": distinct(record.provenance.get("revision") for record in records),
-        "Command": distinct(record.provenance.get("command") for record in records),
-        "Hardware": distinct(hardware_label(record) for record in records),
-        "Software": distinct([software]),
-    }
-    return {heading: values for heading, values in found.items() if values}

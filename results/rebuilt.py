@@ -9,7 +9,7 @@ from typing import Any
 
 from .papers import PaperRow, Papers, normalized
 from .record import Record
-from .rows import NOT_RUN, join, started
+from .rows import NOT_RUN, Row, join, started
 
 COUNTED, RUN_HERE, REPORTED_ONLY = "counted", "run here", "reported only"
 REPRODUCED, CUT, COMMON = "reproduced", "reproduced (cut, not rounded)", "reproduced (common convention)"
@@ -139,6 +139,32 @@ def reproduced(printed: str, value: float | Fraction) -> str:
     return CUT if int(scaled) == target else ""
 
 
+def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
+    """What a paper prints for the accuracy of a measured row's network, data set and size, and where it does.
+
+    A paper's own number goes before one that a paper quotes. (None, "") where none prints one. A row without a training
+    has no data set: there the number of classes tells which one is meant.
+    """
+    job = row.records[0].job
+    name = str(job.get("model") or row.model)
+    column = "top1" if row.task == "classification" else "miou"
+    fitting = [
+        printed
+        for printed in papers.rows
+        if (printed.task, printed.model, printed.head) == (row.task, name, row.head or "")
+        and column in printed.cells
+        and printed.trainable
+        and printed.input_size in (None, row.input_size)
+        and (_same_data(printed, row.data) if row.data else printed.num_classes == job.get("num_classes", 0))
+        and _same_network(printed, job)
+    ]
+    if not fitting:
+        return None, ""
+    first = min(fitting, key=lambda printed: printed.texts.get("reported_by") != "own")
+    source = f"{first.paper}, Table {first.table}: {first.label}, {first.texts.get('dataset', '')}"
+    return first.number(column), source.rstrip(", ")
+
+
 class _Ledger:
     """Records by what they measured."""
 
@@ -161,18 +187,23 @@ class _Ledger:
 
     def trained(self, row: PaperRow) -> list[Record]:
         """Trainings and evaluations of the row's network on its data and, where it says one, at its size."""
-        data = re.compile(re.escape(normalized(row.texts.get("dataset", ""))) + r"\d*k?")
         return [
             record
             for record in self._of(row)
             if record.stage in ("train", "evaluate")
-            and data.fullmatch(normalized((record.data or "").partition("@")[0]))
+            and _same_data(row, record.data or "")
             and row.input_size in (None, tuple(record.input_size))
         ]
 
     def _of(self, row: PaperRow) -> list[Record]:
         records = self.found.get((row.task, row.model, row.head), [])
         return [record for record in records if _same_network(row, record.job)]
+
+
+def _same_data(row: PaperRow, data: str) -> bool:
+    """Whether a data set of ours (name@version) is the row's: coco_stuff10k is COCO-Stuff."""
+    printed = re.escape(normalized(row.texts.get("dataset", "")))
+    return bool(re.fullmatch(printed + r"\d*k?", normalized(data.partition("@")[0])))
 
 
 def _same_network(row: PaperRow, job: Mapping[str, Any]) -> bool:

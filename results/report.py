@@ -69,6 +69,7 @@ def build(
         rebuilt = last.get("stamp") != stamp or not _intact(output, last["files"])
         if rebuilt:
             last = _write(output, records, printed, content, last) | {"stamp": stamp}
+            last |= {"title": title, "description": description}
             write_atomic(output / STAMP, json.dumps(last, indent=1) + "\n")
     counts = {status: sum(record.status == status for record in records) for status in STATUSES}
     return Built(
@@ -86,7 +87,7 @@ def _write(
 ) -> dict[str, Any]:
     from . import leaderboard, page, paper_tables, plots, tables  # pandas and matplotlib: not before they are needed
 
-    files = [*leaderboard.write(records, output), *tables.write(records, output / "tables")]
+    files = [*leaderboard.write(records, output, printed), *tables.write(records, output / "tables")]
     drawn = plots.draw(records, output / "plots")
     rebuilt = rebuild(printed, records)
     written = paper_tables.write(rebuilt, printed, output / "tables")
@@ -131,5 +132,5 @@ def _digest(*parts: str | bytes) -> str:
 def _code() -> str:
     """A digest of this folder's code and of the papers' rows: another version of them may write other reports."""
     folder = Path(__file__).parent
-    sources = sorted([*folder.glob("*.py"), *(folder / "templates").iterdir(), *(folder / "papers").iterdir()])
+    sources = sorted(path for pattern in ("*.py", "*.json", "templates/*", "papers/*") for path in folder.glob(pattern))
     return _digest(*(path.read_bytes() for path in sources if path.is_file()))

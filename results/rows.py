@@ -6,6 +6,7 @@ evaluation records of that setting; a cell without a measured value carries a st
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from .record import METRICS, TASKS, Record
 
 NOT_RUN = "not run"
+BARE = "bare"  # the head of a backbone without one: it has a cost and a speed, and never a score
 METRIC = {"classification": "top1", "segmentation": "mIoU"}  # what a task is ranked by, percent, higher is better
 BASELINE = {task: f"baseline_{metric}" for task, metric in METRIC.items()}
 INTERVALS = ("latency_ms", "train_step_ms")  # each comes with NAME_low and NAME_high
@@ -63,6 +65,11 @@ class Row:
         return self.cells[BASELINE[self.task]]
 
     @property
+    def config(self) -> str:
+        """As JSON, what is configured in the model and in its head; empty where nothing is."""
+        return variant(self.records[0]).partition(" ")[2]
+
+    @property
     def size(self) -> str:
         return f"{self.input_size[0]}x{self.input_size[1]}"
 
@@ -72,21 +79,25 @@ class Row:
 
 
 def join(records: Iterable[Record], task: str) -> list[Row]:
-    """The rows of one task, best metric first within each data set, rows without a metric last."""
-    records = [record for record in records if record.task == task]
-    settings: dict[tuple, list[Record]] = {}
-    for setting in _settings(records):
-        settings[setting] = [record for record in records if _fits(_setting(record), setting)]
-    rows = [row for setting, members in settings.items() for row in _rows(setting, members)]
-    _note_recipes(rows, list(settings))
-    return sorted(rows, key=lambda row: (row.data or "", *rank_key(row.metric, highest_first=True), row.model))
+    """The rows of one task, best metric first within each data set, rows without a metric last; no bare backbones."""
+    return _join([record for record in records if record.task == task and record.head != BARE])
 
 
 def join_cost(records: Iterable[Record]) -> list[Row]:
     """One row per model, head and size of both tasks from the cost and speed records alone, fewest MACs first."""
     records = [record for record in records if record.stage in ("cost", "speed")]
-    rows = [row for task in TASKS for row in join(records, task)]
+    rows = [row for task in TASKS for row in _join([record for record in records if record.task == task])]
     return sorted(rows, key=lambda row: (TASKS.index(row.task), *rank_key(row.cells["macs"]), row.model))
+
+
+def _join(records: Sequence[Record]) -> list[Row]:
+    of_record = [(record, _setting(record)) for record in records]
+    settings: dict[tuple, list[Record]] = {}
+    for setting in _settings(dict.fromkeys(own for _, own in of_record)):
+        settings[setting] = [record for record, own in of_record if _fits(own, setting)]
+    rows = [row for setting, members in settings.items() for row in _rows(setting, members)]
+    _note_recipes(rows, list(settings))
+    return sorted(rows, key=lambda row: (row.data or "", *rank_key(row.metric, highest_first=True), row.model))
 
 
 def rank_key(cell: Cell, highest_first: bool = False) -> tuple[bool, float]:
@@ -96,18 +107,26 @@ def rank_key(cell: Cell, highest_first: bool = False) -> tuple[bool, float]:
     return False, -cell.value if highest_first else cell.value
 
 
-def labels(rows: Sequence[Row]) -> list[str]:
-    """A short name for each row that tells it from the others: the model, and what differs among the rows."""
-    names = [row.model for row in rows]
-    for part in ("head", "size", "precision", "hardware"):
+def labels(rows: Sequence[Row], size_apart: bool = False) -> list[str]:
+    """A short name for each row that tells it from the others: the model, and what differs among the rows.
+
+    With `size_apart` the size is shown elsewhere: it tells rows apart, and is not part of a name.
+    """
+    sizes = [row.size if size_apart else "" for row in rows]
+    names = list(zip((row.model for row in rows), sizes, strict=True))
+    for part in ("head", "size", "precision", "hardware", "config"):
         values = [getattr(row, part) for row in rows]
         if len(set(values)) > 1:
-            repeated = {name for name in names if names.count(name) > 1}
-            names = [f"{n} {v}" if v and n in repeated else n for n, v in zip(names, values, strict=True)]
-    for name in {name for name in names if names.count(name) > 1}:
-        for count, index in enumerate([i for i, other in enumerate(names) if other == name], start=1):
-            names[index] = f"{name} #{count}"
-    return names
+            counts = Counter(names)
+            names = [
+                (f"{n} {v}", s) if v and counts[n, s] > 1 else (n, s) for (n, s), v in zip(names, values, strict=True)
+            ]
+    counts, seen = Counter(names), Counter()
+    for index, name in enumerate(names):
+        if counts[name] > 1:
+            seen[name] += 1
+            names[index] = f"{name[0]} #{seen[name]}", name[1]
+    return [name for name, _ in names]
 
 
 def hardware_label(record: Record) -> str:
@@ -128,17 +147,26 @@ def _hardware_name(record: Record) -> str:
     return hardware if isinstance(hardware, str) else json.dumps(hardware, sort_keys=True)
 
 
+def variant(record: Record) -> str:
+    """What builds the record's network: the registered name, and as JSON what is configured in it and in its head."""
+    parts = [str(record.job.get("model") or record.model)]
+    for name in ("model_config", "head_config"):
+        if config := record.job.get(name):
+            parts.append(json.dumps(config, sort_keys=True))
+    return " ".join(parts)
+
+
 def started(record: Record) -> str:
     """When the job started, as its provenance says (ISO 8601); empty when it says nothing."""
     return str(record.provenance.get("started") or "")
 
 
-# A setting is (model, head, size, classes, data, precision, recipe, evaluation). None in the last four stands for any:
+# A setting is (model, head, size, variant, data, precision, recipe, evaluation). None in the last four stands for any:
 # a cost does not depend on data, precision or recipe, a speed not on data or recipe, a training not on its evaluation.
 def _setting(record: Record) -> tuple:
     trained = record.stage in ("train", "evaluate")
     outcome = {"seed", "depends_on", "method", "stage"}  # Jobs that differ in these alone are one setting.
-    base = (record.model, record.head, tuple(record.input_size), record.job.get("num_classes"))
+    base = (record.model, record.head, tuple(record.input_size), (record.job.get("num_classes"), variant(record)))
     if not trained:  # Its job may carry the name of a data set, but its number does not depend on it.
         return (*base, None, None, None, None)
     job = {name: value for name, value in record.job.items() if name not in outcome}
@@ -153,10 +181,9 @@ def _fits(specific: tuple, general: tuple) -> bool:
     return pairs[1][0] == pairs[1][1] and all(a == b or a is None or b is None for a, b in pairs)
 
 
-def _settings(records: Sequence[Record]) -> list[tuple]:
+def _settings(unique: Iterable[tuple]) -> list[tuple]:
     """The settings of all records, less those that a more specific one covers."""
     kept: list[tuple] = []
-    unique = dict.fromkeys(_setting(record) for record in records)
     for setting in sorted(unique, key=lambda setting: setting.count(None)):
         if not any(_fits(setting, other) and _says_more(other, setting) for other in kept):
             kept.append(setting)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from results import leaderboard, tables
+from results import display, tables
 from results.rows import NOT_RUN, hardware_label, join, join_cost, labels
 
 
@@ -194,19 +194,19 @@ def test_best_is_marked_once_per_group(suite):
     rows = tables.rows_of(records, "classification")
     params = next(column for column in tables.COLUMNS["cost"] if column.name == "params")
     assert {rows[i].model for i in tables.best_rows(params, rows)} == {"mit_b0"}
-    assert "**3.70**" in tables.markdown(tables.display(rows, "classification"))
+    assert "**3.70**" in display.markdown(tables.display(rows, "classification"))
     assert tables.best_rows(params, rows[:1]) == set()
 
 
 def test_names_are_escaped(record):
     made = record("cost", key="k", model=r"a|b_c&d%e#f${g}\h^i~j*k*[l](m)<n>", family="_F_", metrics={"params": 1e6})
     table = tables.display(tables.rows_of([made], "cost"), "cost")
-    text = tables.markdown(table)
+    text = display.markdown(table)
     assert r"a\|b_c&d%e\#f${g}\\h^i\~j\*k\*\[l\](m)\<n\>" in text
     assert r"\_F\_" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
-    latex = tables.latex(table, "cost")
+    latex = display.latex(table, "cost")
     assert r"a\textbar{}b\_c\&d\%e\#f\$\{g\}\textbackslash{}h\textasciicircum{}i\textasciitilde{}j*k*{[}l{]}" in latex
     assert latex.count("{") == latex.count("}")
     assert "[l](m)<n>" in as_text(tables.cost_table([made]))
@@ -229,52 +229,8 @@ def test_terminal_tables_cope_with_little(record):
     assert "64x64" in as_text(tables.cost_table(sizes))
 
 
-def test_leaderboard_schema_and_order(ragged_suite, tmp_path):
-    written = leaderboard.write(ragged_suite, tmp_path)
-    assert [path.name for path in written] == [
-        "leaderboard_classification.csv",
-        "leaderboard_segmentation.csv",
-        "leaderboard_cost.csv",
-    ]
-    # Users' scripts read these: a column may be added at the end, none may go or move.
-    columns = (
-        "rank task model family head data input_height input_width precision seeds params macs activations "
-        "latency_ms latency_ms_low latency_ms_high throughput peak_memory_mb metric value value_std baseline "
-        "direction hardware revision date status cost_status speed_status reason"
-    )
-    assert " ".join(leaderboard.SCHEMA).startswith(columns)
-    for path in written:
-        rows = read_csv(path.read_text())
-        assert list(rows[0]) == list(leaderboard.SCHEMA)
-        ranks = [row["rank"] for row in rows]
-        assert ranks == sorted(ranks, key=lambda rank: rank == "")
-    rows = read_csv((tmp_path / "leaderboard_segmentation.csv").read_text())
-    assert [rows[0][name] for name in ("rank", "model", "metric", "value", "baseline", "direction", "status")] == [
-        *("1", "hiri_vit_s", "mIoU", "59.4", "8.2", "higher", "done")
-    ]
-    assert rows[-1]["model"] == "swin_tiny_patch4_window7"
-    assert (rows[-1]["value"], rows[-1]["status"]) == ("", "blocked")
-    assert rows[-1]["reason"] == "evaluation blocked: ADE20K was not found in data/ade20k"
-    cost = read_csv((tmp_path / "leaderboard_cost.csv").read_text())
-    assert (cost[0]["model"], cost[0]["direction"], cost[0]["value"]) == ("mit_b0", "lower", "")
-
-
-def test_leaderboards_rank_each_data_set_alone(record):
-    records = [
-        record("evaluate", key=f"{data}{score}", model=f"m{score}", data=data, metrics={"top1": score})
-        for data in ("a@1", "b@1")
-        for score in (50, 60)
-    ]
-    records.append(record("evaluate", key="x", data="a@1", status="blocked", reason="missing"))
-    lines = leaderboard.leaderboard(records, "classification")
-    assert [(line["data"], line["value"], line["rank"]) for line in lines] == [
-        *(("a@1", 60, 1), ("a@1", 50, 2), ("b@1", 60, 1), ("b@1", 50, 2), ("a@1", None, None))
-    ]
-
-
 def test_nothing_is_written_of_nothing(tmp_path):
     assert tables.write([], tmp_path) == []
-    assert leaderboard.write([], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,70 @@
+"""Publishing: leaderboards, tables and plots of an output folder, copied to where they are kept, with their origin."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomic
+from .leaderboard import SCHEMA_FILE
+from .origin import origin
+from .record import STATUSES, Record
+
+PAGE, REPORT = "README.md", "report.html"
+
+
+def publish(
+    output: Path, records: Sequence[Record], files: Sequence[Path], target: Path, *, title: str, description: str = ""
+) -> Path:
+    """Replace `target` by copies of `files` (paths below `output`, of which `records` are the ledger) and a page.
+
+    The page, README.md, shows the plots, links the files and says where the numbers come from. The report itself and
+    the ledger are not copied. Returns `target`; raises `OSError` with the path when something cannot be written.
+    """
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shown = [path.relative_to(output) for path in files if path.name != REPORT]
+    for path in shown:
+        write_atomic(fresh / path, (output / path).read_bytes())
+    write_atomic(fresh / SCHEMA_FILE.name, SCHEMA_FILE.read_bytes())
+    write_atomic(fresh / PAGE, page(records, shown, title=title, description=description))
+    # Whoever reads meanwhile finds the old publication or the new one; a kill in between leaves the new one aside.
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def page(records: Sequence[Record], files: Sequence[Path], *, title: str, description: str = "") -> str:
+    """The publication's README in Markdown; `files` are relative to it."""
+    counts = {status: sum(record.status == status for record in records) for status in STATUSES}
+    lines = [f"# {title}", ""]
+    lines += [description, ""] if description else []
+    lines += [", ".join(f"{count} jobs {status}" for status, count in counts.items() if count) + ".", ""]
+    boards = [path for path in files if path.name.startswith("leaderboard_")]
+    if boards:
+        lines += ["## Leaderboards", ""]
+        lines += [f"- [{path.name}]({path.as_posix()})" for path in boards]
+        lines += ["", f"[{SCHEMA_FILE.name}]({SCHEMA_FILE.name}) tells what each column holds.", ""]
+    for heading, suffix in (("Tables", ".md"), ("Plots", ".png")):
+        if found := [path for path in files if path.suffix == suffix]:
+            lines += [f"## {heading}", ""]
+            if suffix == ".png":
+                lines += [f"![{_words(path)}]({path.as_posix()})\n" for path in found]
+            else:
+                lines += [*(f"- [{_words(path)}]({path.as_posix()})" for path in found), ""]
+    lines += ["## Where the numbers come from", ""]
+    lines += [f"- {heading}: {_listed(values)}" for heading, values in origin(records).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _words(path: Path) -> str:
+    return path.stem.replace("_", " ")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return "; ".join(map(str, values))
