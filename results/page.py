@@ -122,7 +122,8 @@ def _measured(records: Sequence[Record], files: Iterable[Path]) -> list[tuple[st
     sections = []
     for kind in tables.KINDS:
         if rows := tables.rows_of(records, kind):
-            links = [path.as_posix() for path in files if path.stem.removeprefix("leaderboard_").startswith(kind)]
+            stems = ("cost", "growth") if kind == "cost" else kind
+            links = [path.as_posix() for path in files if path.stem.removeprefix("leaderboard_").startswith(stems)]
             origins = [(row.family, [record.key for record in row.records]) for row in rows]
             sections.append((kind, TITLES[kind], _table(kind, tables.display(rows, kind), origins, links)))
     return sections
