@@ -122,9 +122,8 @@ def _measured(records: Sequence[Record], files: Iterable[Path]) -> list[tuple[st
     sections = []
     for kind in tables.KINDS:
         if rows := tables.rows_of(records, kind):
-            own = [path for path in files if path.stem.removeprefix("leaderboard_").startswith(kind)]
-            own += [path for path in files if kind == "cost" and path.name == "growth.csv"]
-            links = [path.as_posix() for path in own]
+            stems = ("cost", "growth") if kind == "cost" else kind
+            links = [path.as_posix() for path in files if path.stem.removeprefix("leaderboard_").startswith(stems)]
             origins = [(row.family, [record.key for record in row.records]) for row in rows]
             sections.append((kind, TITLES[kind], _table(kind, tables.display(rows, kind), origins, links)))
     return sections
