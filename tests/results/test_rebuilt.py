@@ -10,18 +10,20 @@ from results.ledger import Ledger
 from results.rebuilt import COMMON, CUT, REPRODUCED, rebuild, reproduced, summarize
 
 HEADER = "paper,table,row,label,model,config,framework,head,head_config,setting,dataset,num_classes,input_size,"
-HEADER += "cost_input_size,params_m,gflops,top1,miou,other,derived,reported_by\n"
+HEADER += "cost_input_size,params_m,gflops,top1,miou,other,derived,reported_by,throughput,ap_box\n"
 MINE = """\
-mine,1,1,Mine-S,mine_s,,,,,,ImageNet-1K,1000,224x224,,20.0,4.6,80.0,,,,own
-mine,1,2,Mine-S wide,mine_s,"{""width"": [3, 3]}",,,,,ImageNet-1K,1000,224x224,,30.0,9.2,81.0,,,,own
-mine,1,3,Theirs,theirs,,,,,,ImageNet-1K,1000,224x224,,40.0,8.0,79.0,,,,other
-mine,1,4,Nobody's,,,,,,,ImageNet-1K,1000,224x224,,50.0,9.0,82.5,,,,other
-mine,1,5,Other blocks,mine_s,null,,,,,ImageNet-1K,1000,224x224,,21.0,4.8,80.5,,,,own
-mine,1,6,Average,,,,,,,ImageNet-1K,,,,,,,,delta_params=-37.5%;delta_top1=+1.50,"{""own"": [1, 2], ""others"": [3]}",own
-mine,2,1,Mine-S,mine_s,,SegFormer,segformer,"{""channels"": 768}",,Cityscapes,19,1024x1024,512x512,25.0,50.4,,78.0,,,own
-mine,2,2,Mine-S,mine_s,,MAE,,,pre-training MAE,ImageNet-1K,1000,224x224,,20.0,4.6,83.0,,,,own
-mine,2,3,Mine-S,mine_s,,UPerNet,upernet,,,ADE20K,150,512x512,,55.0,230,,45.0,printed_row=3,,own
-mine,2,4,Mine-S,mine_s,,UPerNet,upernet,,,Cityscapes,150,512x512,,55.0,230,,75.0,printed_row=3,,own
+mine,1,1,Mine-S,mine_s,,,,,,ImageNet-1K,1000,224x224,,20.0,4.6,80.0,,,,own,,
+mine,1,2,Mine-S wide,mine_s,"{""width"": [3, 3]}",,,,,ImageNet-1K,1000,224x224,,30.0,9.2,81.0,,,,own,,
+mine,1,3,Theirs,theirs,,,,,,ImageNet-1K,1000,224x224,,40.0,8.0,79.0,,,,other,,
+mine,1,4,Nobody's,,,,,,,ImageNet-1K,1000,224x224,,50.0,9.0,82.5,,,,other,,
+mine,1,5,Other blocks,mine_s,null,,,,,ImageNet-1K,1000,224x224,,21.0,4.8,80.5,,,,own,,
+mine,1,6,Average,,,,,,,ImageNet-1K,,,,,,,,delta_params=-37.5%;delta_top1=+1.50,"{""own"": [1, 2], ""others"": [3]}",own,,
+mine,2,1,Mine-S,mine_s,,SegFormer,segformer,"{""channels"": 768}",,Cityscapes,19,1024x1024,512x512,25.0,50.4,,78.0,,,own,,
+mine,2,2,Mine-S,mine_s,,MAE,,,pre-training MAE,ImageNet-1K,1000,224x224,,20.0,4.6,83.0,,,,own,,
+mine,2,3,Mine-S,mine_s,,UPerNet,upernet,,,ADE20K,150,512x512,,55.0,230,,45.0,printed_row=3,,own,,
+mine,2,4,Mine-S,mine_s,,UPerNet,upernet,,,Cityscapes,150,512x512,,55.0,230,,75.0,printed_row=3,,own,,
+mine,3,1,Mine-S,mine_s,,Mask R-CNN,,,,COCO,,800x600,,44.0,180,,,,,own,1200,
+mine,3,2,Theirs,theirs,,Mask R-CNN,,,,COCO,,800x600,,46.0,190,,,,,other,,41.5
 """
 
 
@@ -30,7 +32,7 @@ def mine(tmp_path):
     folder = tmp_path / "papers"
     folder.mkdir()
     (folder / "mine.csv").write_text(HEADER + MINE)
-    (folder / papers.CONVENTIONS).write_text("paper,tables,convention,text\nmine,1 2,hivit,as HiViT\n")
+    (folder / papers.CONVENTIONS).write_text("paper,title,tables,convention,text\nmine,Mine,1 2,hivit,as HiViT\n")
     verdicts = "mine,1,1,gflops,misprint,never used\nmine,1,2,gflops,misprint,twice\nmine,1,4,params_m,quoted,them\n"
     (folder / papers.VERDICTS).write_text("paper,table,row,column,verdict,evidence\n" + verdicts)
     return papers.load(folder=folder)
@@ -191,7 +193,10 @@ def test_tables_on_disk(mine, counted, tmp_path):
     assert not (tmp_path / "none").exists()
     written = paper_tables.write(rebuild(mine, [counted(), counted("theirs")]), mine, tmp_path)
     names = {path.relative_to(tmp_path).as_posix() for path in written.files}
-    assert names == {"papers/index.csv", *(f"papers/mine_table_{n}.{s}" for n in "12" for s in ("csv", "md", "tex"))}
+    assert names == {
+        *(f"papers/mine_table_{n}.{s}" for n in "123" for s in ("csv", "md", "tex")),
+        *(f"papers/{name}.{s}" for name in ("index", "verdicts", "conventions") for s in ("csv", "md")),
+    }
     lines = list(csv.DictReader(io.StringIO((tmp_path / "papers/mine_table_1.csv").read_text())))
     assert list(lines[0]) == list(paper_tables.SCHEMA)
     assert (lines[0]["params_m_reported"], lines[0]["params_m_measured"], lines[0]["convention"]) == (
@@ -206,7 +211,26 @@ def test_tables_on_disk(mine, counted, tmp_path):
     assert [(line["table"], line["rows"], line["params_m_measured"]) for line in index] == [
         ("1", "6", "2"),
         ("2", "4", "1"),
+        ("3", "2", "0"),  # nothing is measured of it, and it has its files
     ]
+    assert [line["file"] for line in index][-1] == "mine_table_3.csv"
+    verdicts = list(csv.DictReader(io.StringIO((tmp_path / "papers/verdicts.csv").read_text())))
+    assert {"paper": "Mine", "table": "1", "row": "Nobody's", "column": "Params", "reported": "50.0"}.items() <= (
+        verdicts[2] | {}
+    ).items()
+    assert [(line["verdict"], line["measured"]) for line in verdicts[:3]] == []
+    assert "- **misprint**: the number belongs to another row or model.\n" in (
+        tmp_path / "papers/verdicts.md"
+    ).read_text()
+    conventions = (tmp_path / "papers/conventions.md").read_text()
+    assert "| Mine | 1, 2 | as HiViT | hivit |" in conventions
+    detection = list(csv.DictReader(io.StringIO((tmp_path / "papers/mine_table_3.csv").read_text())))
+    assert (detection[0]["throughput_reported"], detection[1]["ap_box_reported"]) == ("1200", "41.5")
+    assert detection[1]["params_m_note"] == "carried as reported data"
+    text = (tmp_path / "papers/mine_table_3.md").read_text()
+    assert "Throughput reported (images/s) | AP box reported (%)" in text
+    assert "counted" not in text.lower()
+    assert "| all papers | all |" in (tmp_path / "papers/index.md").read_text()
     text = (tmp_path / "papers/mine_table_1.tex").read_text()
     assert "\\toprule" in text
     assert "Bold" not in text
