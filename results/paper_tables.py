@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -106,7 +107,8 @@ def to_csv(table: RebuiltTable) -> str:
 def display(table: RebuiltTable) -> Display:
     """A rebuilt table for people: what was printed, what was counted or run here, the difference, and a verdict."""
     columns = [column for column in (*COSTS, *SCORES) if any(column in line.cells for line in table.rows)]
-    headings = ["Row", "Model", "Data", "Size"]
+    headings = ["Row", "Model", "Data", "Size", "Setting"]
+    described = len(headings)
     for column in columns:
         title, unit = _TITLES[column], _UNITS[column]
         headings.append(f"{title} reported ({unit})")
@@ -135,20 +137,20 @@ def display(table: RebuiltTable) -> Display:
         cells.append([text for text, _, _ in texts])
         values.append([value for _, value, _ in texts])
         measured.append([known for _, _, known in texts])
-    numeric = [False] * 4 + ["Verdict" not in heading for heading in headings[4:]]
+    numeric = [False] * described + ["Verdict" not in heading for heading in headings[described:]]
     # A column of what nobody can measure or has measured says nothing.
-    kept = [
-        n
-        for n, heading in enumerate(headings)
-        if n < 4 or "reported" in heading or {row[n] for row in cells} - _NOTHING
-    ]
+    empty = [{row[n] for row in cells} <= _NOTHING for n in range(len(headings))]
+    counted = any(not empty[n] for n, heading in enumerate(headings) if re.search("counted|run here", heading))
+    # What is only reported has room for the rows' settings.
+    kept = [n for n, heading in enumerate(headings) if "reported" in heading or not empty[n]]
+    kept = [n for n in kept if not (counted and headings[n] == "Setting")]
 
     def narrowed(rows: list[list]) -> list[list]:
         return [[row[n] for n in kept] for row in rows]
 
     cells, values, measured = narrowed(cells), narrowed(values), narrowed(measured)
     headings, numeric = narrowed([headings, numeric])
-    told = "as reported" + (", and as counted and run here" if any("reported" not in h for h in headings[4:]) else "")
+    told = "as reported" + (", and as counted and run here" if table.measured else "; nothing was measured here")
     told += f"; a copy of Table {table.repeats}, left out of totals" if table.repeats else ""
     told += "; how the paper counts FLOPs: see the conventions" if any("paper's way" in h for h in headings) else ""
     return Display(
@@ -233,12 +235,14 @@ def _plain(
 
 
 def _described(line: RebuiltRow) -> list[str]:
-    """Label, model with configuration and head, data, and the size (that of the cost behind a stroke, if another)."""
+    """Label, model with configuration and head or other framework, data, the size (that of the cost behind a stroke, if
+    another), and the setting."""
     row = line.row
     config = ", ".join(f"{name}={json.dumps(value)}" for name, value in (row.config or {}).items())
-    model = " + ".join(filter(None, [f"{row.model} ({config})" if config else row.model, row.head]))
+    framework = row.texts.get("framework", "")
+    model = " + ".join(filter(None, [f"{row.model} ({config})" if config else row.model, row.head or framework]))
     sizes = dict.fromkeys(f"{h}x{w}" for h, w in filter(None, (row.input_size, row.cost_input_size)))
-    return [row.label, model, row.texts.get("dataset", ""), " / cost ".join(sizes)]
+    return [row.label, model, row.texts.get("dataset", ""), " / cost ".join(sizes), row.texts.get("setting", "")]
 
 
 def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> list[tuple[str, float | None, bool]]:
