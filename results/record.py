@@ -26,6 +26,18 @@ METRICS = {
     "evaluate/segmentation": ("mIoU", "mAcc", "aAcc", "baseline_mIoU"),  # percent; the baseline is all background
 }
 
+# Parts of a record that the tables look into: of this kind, or absent.
+PARTS = {
+    ("job", "speed"): dict,
+    ("job", "recipe"): dict,
+    ("job", "model_config"): dict,
+    ("job", "head_config"): dict,
+    ("job", "num_classes"): int,
+    ("details", "paper_convention"): dict,
+    ("details", "macs_by_convention"): dict,
+    ("provenance", "versions"): dict,
+}
+
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+=-]{0,199}")
 
 
@@ -168,6 +180,12 @@ def _check(record: Record) -> None:
     require(type(record.seed) is int, "seed", "a whole number")
     for name in ("job", "metrics", "samples", "details", "artifacts", "provenance"):
         require(isinstance(getattr(record, name), dict), name, "a mapping")
+    for (name, part), kind in PARTS.items():
+        value = getattr(record, name).get(part)
+        if value is not None and type(value) is not kind:
+            raise RecordError(
+                f"{name}.{part}: must be a {'mapping' if kind is dict else 'whole number'}, not {value!r:.60}"
+            )
     for name, value in record.metrics.items():
         require(_number(value), f"metrics.{name}", "a number")
     for name, values in record.samples.items():

@@ -166,3 +166,25 @@ def test_backbones_without_a_head_are_in_the_cost_leaderboard_alone(record):
 def test_no_leaderboard_of_nothing(tmp_path):
     assert leaderboard.write([], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_costs_are_ranked_among_their_like(record):
+    """The cheapest of all is the smallest size without a head: no rank that says anything."""
+    records = [
+        record(
+            "cost",
+            "segmentation",
+            key=f"{name}{size}{head}",
+            model=name,
+            head=head,
+            input_size=[size, size],
+            job={"model": name},
+            metrics={"macs": macs * size},
+        )
+        for name, macs in (("light", 1), ("heavy", 2))
+        for size in (224, 512)
+        for head in ("bare", "segformer")
+    ]
+    ranks = {(r["model"], r["input_height"], r["head"]): r["rank"] for r in leaderboard.leaderboard(records, "cost")}
+    assert ranks == {key: 1 if key[0] == "light" else 2 for key in ranks}
+    assert len(ranks) == 8
