@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from benchmarks import cost
-from benchmarks.conventions import paper_convention
+from benchmarks.conventions import CONVENTIONS, paper_convention
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
 from benchmarks.job import Job
@@ -70,6 +70,7 @@ def _cost(job: Job) -> Outcome:
         "by_module": counted.by_module,
         "uncounted": counted.uncounted,
     }
+    details["macs_by_convention"] = {way.name: way.macs(model, counted) for way in CONVENTIONS}
     if (convention := paper_convention(model)) is not None:
         metrics["macs_paper"] = convention.macs(model, counted)
         details["paper_convention"] = {"name": convention.name, "text": convention.text}

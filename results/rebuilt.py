@@ -142,7 +142,8 @@ def reproduced(printed: str, value: float | Fraction) -> str:
 def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
     """What a paper prints for the accuracy of a measured row's network, data set and size, and where it does.
 
-    A paper's own number goes before one that a paper quotes. (None, "") where none prints one. A row without a training
+    A paper's own number goes before one that a paper quotes; quotes that contradict each other give no number. (None,
+    "") where none prints one. A row without a training
     has no data set: there the number of classes tells which one is meant.
     """
     job = row.records[0].job
@@ -160,9 +161,17 @@ def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
     ]
     if not fitting:
         return None, ""
-    first = min(fitting, key=lambda printed: printed.texts.get("reported_by") != "own")
-    source = f"{first.paper}, Table {first.table}: {first.label}, {first.texts.get('dataset', '')}"
-    return first.number(column), source.rstrip(", ")
+    own = [printed for printed in fitting if printed.texts.get("reported_by") == "own"]
+    told: dict[str, str] = {}  # what is printed -> where first
+    for printed in own or fitting:
+        source = f"{printed.paper}, Table {printed.table}: {printed.label}, {printed.texts.get('dataset', '')}"
+        told.setdefault(printed.cells[column], source.rstrip(", "))
+    (value, source), *others = told.items()
+    if not others:
+        return float(value), source
+    # Papers that quote a network differently may mean other trainings or evaluations: none of them is its number.
+    listed = "; ".join(f"{value} in {source}" for value, source in told.items())
+    return (float(value), f"{source}; all that is printed: {listed}") if own else (None, f"quoted as {listed}")
 
 
 class _Ledger:
@@ -234,12 +243,12 @@ def _compare(row: PaperRow, papers: Papers, ledger: _Ledger) -> dict[str, Compar
             measured = _params(row, record, printed)
         else:
             common = _cost(row, record, "macs", 1e9)
-            measured = _cost(row, record, "macs_paper", 1e9) if common.value is not None else common
+            measured = _in_the_papers_way(row, record, papers, printed) if common.value is not None else common
         known = papers.verdicts.get((row.paper, row.table, row.row, column))
         verdict, evidence = (known.verdict, known.evidence) if known else ("", "")
         if column in COSTS and measured.value is not None and (own := reproduced(printed, measured.value)):
             verdict = own
-        elif common and common.value is not None and reproduced(printed, common.value):
+        elif not known and common and common.value is not None and reproduced(printed, common.value):
             verdict = COMMON
         cells[column] = Comparison(printed, measured, common, verdict=verdict, evidence=evidence)
     return cells
@@ -259,6 +268,21 @@ def _cost(row: PaperRow, record: Record | None, metric: str, unit: float) -> Mea
     if metric not in record.metrics:
         return Measured("", reason="the model's family has no counting convention of its own", key=record.key)
     return Measured(COUNTED, record.metrics[metric] / unit, key=record.key)
+
+
+def _in_the_papers_way(row: PaperRow, record: Record, papers: Papers, printed: str) -> Measured:
+    """FLOPs as the model's own paper counts, or as the table's does where only that gives what is printed.
+
+    A table that quotes a network of another paper has its own counter's number or the other paper's.
+    """
+    own = _cost(row, record, "macs_paper", 1e9)
+    name = papers.convention(row.paper, row.table)
+    value = (record.details.get("macs_by_convention") or {}).get(name)
+    if value is None or (own.value is not None and reproduced(printed, own.value)):
+        return own
+    if own.value is None or reproduced(printed, value / 1e9):
+        return Measured(COUNTED, value / 1e9, key=record.key)
+    return own
 
 
 def _params(row: PaperRow, record: Record | None, printed: str) -> Measured:

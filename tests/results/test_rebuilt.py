@@ -139,7 +139,10 @@ def test_what_was_not_measured_says_why(mine, counted):
 def test_verdicts_give_way_to_a_reproduced_number(mine, counted):
     wide = counted(config={"width": [3, 3]}, macs=9.0e9)
     lines = rebuilt(mine, [counted(macs=4.63e9), wide])["mine", "1"]
-    assert lines[1].cells["gflops"].verdict == COMMON
+    # The common count may fit by chance; only the paper's own way shows that the verdict is wrong.
+    assert lines[1].cells["gflops"].verdict == "misprint"
+    own = counted(macs=4.5e9, metrics={"macs_paper": 4.63e9})
+    assert rebuilt(mine, [own])["mine", "1"][1].cells["gflops"].verdict == REPRODUCED
     assert (lines[2].cells["gflops"].verdict, lines[2].cells["gflops"].evidence) == ("misprint", "twice")
     assert lines[2].cells["params_m"].verdict == ""  # differs, and nobody knows why
     assert lines[4].cells["params_m"].verdict == "quoted"
@@ -251,3 +254,10 @@ def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counte
     assert report.build(output, title="A", papers=[good, bad]).rebuilt
     assert "tables/papers" not in report.build(output, title="A").report.read_text()
     assert not (output / "tables/papers/mine_table_1.md").exists()
+
+
+def test_a_baseline_is_counted_as_the_table_counts(mine, counted):
+    """The printed 8.0 G come out in the table's own convention only."""
+    record = counted("theirs", params=40e6, macs=7.5e9, details={"macs_by_convention": {"hivit": 8.01e9, "other": 9e9}})
+    cell = rebuilt(mine, [record])["mine", "1"][3].cells["gflops"]
+    assert (cell.measured.value, cell.common.value, cell.verdict) == (8.01, 7.5, REPRODUCED)
