@@ -15,13 +15,31 @@ TASKS = ("classification", "segmentation")
 BARE = "bare"  # no head: the maps of the backbone, for cost and speed alone
 HEADS = ("segformer", "upernet", "ocr", BARE)
 SCHEDULES = ("poly", "cosine")
-PRECISIONS = ("float32", "amp")
+PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by automatic mixed precision
 
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
-METHOD_VERSION = {"cost": 2, "speed": 1, "train": 1, "evaluate": 1}
+METHOD_VERSION = {"cost": 2, "speed": 1, "train": 2, "evaluate": 1}
 
 # Of one CPU core in a training, measured on the demo's models; live views correct it as they go.
 MACS_PER_SECOND = 20e9
+
+
+@dataclass
+class Engine:
+    """How trainings and evaluations run on a machine: what the machine has, not what is compared.
+
+    Not part of a job's key, since a job that was begun on one machine may end on another: processes, checkpointing,
+    channels_last and compile leave the batch, the draws and the formulas as they are. They change the order of
+    floating-point sums, and processes the stream of random numbers that drop path and dropout take, as another seed
+    would. `accumulate` is part of it if it is not 1: a batch norm sees a part of the batch then. The record tells all.
+    """
+
+    processes: int = 1  # a GPU each, or `threads` CPU threads each; `batch_size` is shared among them
+    accumulate: int = 1  # forwards of a process per step of the optimizer: less memory
+    gradient_checkpointing: bool = False  # less memory for a second forward; the same numbers
+    channels_last: bool = False
+    compile: bool = False  # the network by torch.compile
+    wandb: str | None = None  # a project at Weights & Biases that gets the curves; null: never contacted
 
 
 @dataclass
@@ -44,7 +62,8 @@ class Recipe:
     evaluation: dict[str, Any] = field(default_factory=dict)  # likewise
     checkpoint_every: int = 2000  # iterations
     threads: int = 1  # CPU threads; they decide the order of floating-point sums, and with it the last digits
-    workers: int = 0  # data-loading processes
+    workers: int = 0  # data-loading processes, of each training process
+    engine: Engine = field(default_factory=Engine)
 
 
 @dataclass
@@ -108,11 +127,13 @@ class Job:
                 "recipe": {name: value for name, value in asdict(self.recipe).items() if name not in self._unused()},
                 "depends_on": list(self.depends_on),
             }
+            if self.recipe.engine.accumulate != 1:
+                content["recipe"]["accumulate"] = self.recipe.engine.accumulate
         return json.loads(json.dumps(content, sort_keys=True))
 
     def _unused(self) -> set[str]:
         """Fields of the recipe that do not decide the outcome of this stage."""
-        return {"checkpoint_every", "workers"} | ({"evaluation"} if self.stage == "train" else set())
+        return {"checkpoint_every", "workers", "engine"} | ({"evaluation"} if self.stage == "train" else set())
 
     @cached_property
     def key(self) -> str:
@@ -142,10 +163,12 @@ def scheduling(job: Job, macs: Mapping[tuple[str, str], float]) -> dict[str, Any
     forward = macs.get((job.task, job.label), 1e9) / MACS_PER_SECOND
     if job.stage == "train":
         recipe = job.recipe
-        seconds = 3 * forward * recipe.batch_size * recipe.iterations / recipe.threads
-        return {"cpus": recipe.threads, "alone": False, "seconds": seconds}
+        cpus = recipe.threads * recipe.engine.processes
+        seconds = 3 * forward * recipe.batch_size * recipe.iterations / cpus
+        return {"cpus": cpus, "alone": False, "seconds": seconds}
     if job.stage == "evaluate":
-        return {"cpus": job.recipe.threads, "alone": False, "seconds": 1.0 + 1000 * forward / job.recipe.threads}
+        cpus = job.recipe.threads * job.recipe.engine.processes
+        return {"cpus": cpus, "alone": False, "seconds": 1.0 + 1000 * forward / cpus}
     if job.stage == "speed":
         return {"cpus": 1, "alone": True, "seconds": 2.0 + 2 * job.speed.max_seconds}
     return {"cpus": 0, "alone": False, "seconds": 1.0}

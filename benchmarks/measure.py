@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks import cost
 from benchmarks.conventions import paper_convention
+from benchmarks.distributed import measure_in_processes
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
 from benchmarks.job import Job
@@ -21,7 +22,7 @@ from benchmarks.trace import on_meta
 
 
 def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None) -> Outcome:
-    """Does the job.
+    """Does the job; a training or an evaluation in as many processes as its recipe says.
 
     Args:
         job: What to measure.
@@ -38,6 +39,8 @@ def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None
             return _cost(job)
         if job.stage == "speed":
             return _speed(job)
+        if job.recipe.engine.processes > 1 and not torch.distributed.is_initialized():
+            return measure_in_processes(job, context, trained or {})
         with _deterministic(job):
             if job.stage == "train":
                 return _task(job).run_train(job, context)

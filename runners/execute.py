@@ -89,8 +89,8 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
         except Exception as error:
             traceback.print_exc()
             outcome = None
-            status, reason = ("blocked" if isinstance(error, Blocked) else "failed"), explain(error)
-            details = {"looked_in": error.looked_in, "how_to_get": error.how_to_get} if status == "blocked" else {}
+            status, reason = ("blocked" if isinstance(error, Blocked) else "failed"), explain(error, job)
+            details = _details(error, job)
     return make_record(
         job,
         status,
@@ -137,14 +137,46 @@ def make_record(job: Job, status: str, reason: str | None, **measured: Any) -> R
     )
 
 
-def explain(error: BaseException) -> str:
-    """One line for a person: what an error means, without its traceback."""
+def explain(error: BaseException, job: Job | None = None) -> str:
+    """One line for a person: what an error means, without its traceback; of too little memory, also what for."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"out of memory: {text[:200]}; lower the batch size or the input size, or free memory"
+    if _out_of_memory(error):
+        tried = f" for {_size(job)}" if job else ""
+        return f"out of memory{tried}: {text[:200]}; lower the batch size or the input size, or free memory"
     if isinstance(error, Blocked | InputError | FloatingPointError):
         return text
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of the machine or of its GPU; PyTorch says so in several ways."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+    )
+
+
+def _images(job: Job) -> int:
+    """How many images a forward of the job takes at once."""
+    if job.stage == "speed":
+        return job.speed.batch_size
+    if job.stage == "train":
+        return job.recipe.batch_size // (job.recipe.engine.processes * job.recipe.engine.accumulate)
+    return 1 if job.stage == "cost" or job.task == "segmentation" else job.recipe.batch_size
+
+
+def _size(job: Job) -> str:
+    images, (height, width) = _images(job), job.input_size
+    return f"{images} image{'s' if images > 1 else ''} of {height}x{width}"
+
+
+def _details(error: BaseException, job: Job) -> dict[str, Any]:
+    """What a record tells about an error, beside the line."""
+    if isinstance(error, Blocked):
+        return {"looked_in": error.looked_in, "how_to_get": error.how_to_get}
+    if _out_of_memory(error):
+        return {"out_of_memory": {"images": _images(job), "input_size": list(job.input_size)}}
+    return {}
 
 
 class _Progress:

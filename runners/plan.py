@@ -117,6 +117,15 @@ def _check(benchmark: Benchmark, where: str) -> None:
     for name in ("iterations", "batch_size", "checkpoint_every", "threads"):
         if getattr(recipe, name) < 1:
             raise InputError(f"{where}: recipe.{name} is {getattr(recipe, name)}; it must be at least 1")
+    for name in ("processes", "accumulate"):
+        if getattr(recipe.engine, name) < 1:
+            raise InputError(f"{where}: recipe.engine.{name} is {getattr(recipe.engine, name)}; it must be at least 1")
+    parts = recipe.engine.processes * recipe.engine.accumulate
+    if recipe.batch_size % parts:
+        raise InputError(
+            f"{where}: recipe.batch_size {recipe.batch_size} cannot be shared by {recipe.engine.processes} processes "
+            f"with accumulate={recipe.engine.accumulate}; it must be a multiple of {parts}"
+        )
     choose("schedule", recipe.schedule, SCHEDULES, f"{where}: recipe")
     if not 0 <= recipe.warmup_iterations < recipe.iterations:
         raise InputError(

@@ -14,15 +14,14 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from benchmarks import engine
-from benchmarks.engine import (
-    AtomicBackend,
-    Context,
+from benchmarks.checkpoints import AtomicBackend, newest_checkpoint
+from benchmarks.checkpoints import install as install_engine
+from benchmarks.draws import (
     NumberedSampler,
     SeededDataset,
-    install_engine,
-    newest_checkpoint,
     seeded,
 )
+from benchmarks.engine import Context
 from benchmarks.job import Job, Recipe, SpeedSettings, scheduling
 from benchmarks.measure import measure
 
