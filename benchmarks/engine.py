@@ -276,6 +276,31 @@ def _with_options(job: Job, model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def training_runner(
+    job: Job,
+    context: Context,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    collate: Callable,
+    hooks: Sequence[Hook] = (),
+    checkpoint: Path | None = None,
+) -> Runner:
+    """mmengine's Runner for a training, from `checkpoint` on or from the model's weights; `train` has the arguments."""
+    accumulate = job.recipe.engine.accumulate
+    return build_runner(
+        job,
+        context,
+        _with_options(job, model),
+        hooks,
+        train_dataloader=training_loader(job, dataset, collate),
+        train_cfg={"type": StepLoop, "max_iters": job.recipe.iterations, "accumulate": accumulate},
+        optim_wrapper=_optim_wrapper(job, build_optimizer(job, model)),
+        param_scheduler=param_scheduler(job),
+        load_from=None if checkpoint is None else str(checkpoint),
+        resume=checkpoint is not None,
+    )
+
+
 def train(
     job: Job,
     context: Context,
@@ -301,26 +326,14 @@ def train(
         Blocked: the machine lacks what the precision needs.
         InputError: the model cannot do what an option asks for.
     """
-    folder, engine = context.folder(job.key), job.recipe.engine
+    folder = context.folder(job.key)
     found = [None]
     if is_main_process():
         checkpoints.remove_leftovers(folder)
         found = [checkpoints.newest_checkpoint(folder, context.report)]
     broadcast_object_list(found)
     checkpoint = found[0]
-    model = build_model()
-    runner = build_runner(
-        job,
-        context,
-        _with_options(job, model),
-        hooks,
-        train_dataloader=training_loader(job, dataset, collate),
-        train_cfg={"type": StepLoop, "max_iters": job.recipe.iterations, "accumulate": engine.accumulate},
-        optim_wrapper=_optim_wrapper(job, build_optimizer(job, model)),
-        param_scheduler=param_scheduler(job),
-        load_from=None if checkpoint is None else str(checkpoint),
-        resume=checkpoint is not None,
-    )
+    runner = training_runner(job, context, build_model(), dataset, collate, hooks, checkpoint)
     runner.train()
     losses = next(hook.losses for hook in runner.hooks if isinstance(hook, JobHook))
     trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
