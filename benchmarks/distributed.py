@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import threading
 import traceback
@@ -125,8 +124,8 @@ def _work(
 
     context = Context(output, data_root, **tell("progress"), **tell("report"))
     log = os.open(context.folder(job.key) / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for stream in (sys.stdout, sys.stderr):  # also what libraries print that know nothing of Python
-        os.dup2(log, stream.fileno())
+    for stream in (1, 2):  # standard output and error, also of libraries that know nothing of Python
+        os.dup2(log, stream)
     number = job.recipe.engine.processes
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     gpu = torch.cuda.is_available()

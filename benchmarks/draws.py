@@ -84,20 +84,25 @@ def loader(job: Job, dataset: Dataset, batch_size: int, collate: Callable, **set
 
 def seed_generators(*entropy: int) -> None:
     """Seeds Python's, NumPy's and PyTorch's generators, those of all GPUs included, from `entropy`."""
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))  # noqa: NPY002 - mmsegmentation's transforms draw from this generator
-    torch.manual_seed(int(words[2]))
+    torch.cuda.manual_seed_all(_seed_cpu(entropy))
 
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and PyTorch's (CPU) generators from `entropy` within the block only."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    seed_generators(*entropy)
+    _seed_cpu(entropy)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
+
+
+def _seed_cpu(entropy: Sequence[int]) -> int:
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))  # noqa: NPY002 - mmsegmentation's transforms draw from this generator
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed asks every kind of device, for each image
+    return int(words[2])

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import random
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.runner.checkpoint import CheckpointLoader
+from safetensors.torch import load_file
+from tests_support import ROOT
 
-from benchmarks import engine
-from benchmarks.checkpoints import AtomicBackend, newest_checkpoint
-from benchmarks.checkpoints import install as install_engine
-from benchmarks.draws import (
-    NumberedSampler,
-    SeededDataset,
-    seeded,
-)
-from benchmarks.engine import Context
-from benchmarks.job import Job, Recipe, SpeedSettings, scheduling
+import zoo
+from benchmarks import checkpoints, classification, engine
+from benchmarks.checkpoints import AtomicBackend, install, newest_checkpoint
+from benchmarks.draws import NumberedSampler, SeededDataset, seeded
+from benchmarks.engine import Context, Outcome
+from benchmarks.errors import Blocked, InputError
+from benchmarks.job import Engine, Job, Recipe, SpeedSettings, scheduling
 from benchmarks.measure import measure
+from results.ledger import Ledger
+from runners.execute import Workplace, explain, run_job
 
 DATA = {"train": 40, "validation": 20}
 
@@ -151,13 +158,13 @@ def test_nothing_is_unpickled(tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    install_engine()
+    install()
     with pytest.raises(pickle.UnpicklingError):
         CheckpointLoader.load_checkpoint(str(tmp_path / "evil.pth"))  # as mmengine's Runner does
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "no digest"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "no digest", "empty digest"])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, damage):
     for number in (3, 6, 12):
         AtomicBackend().put(bytes(range(200)) * number, tmp_path / f"iter_{number}.pth")
@@ -168,11 +175,19 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, d
         newest.write_bytes(content)
     elif damage == "cut":
         newest.write_bytes(content[:-1])
-    else:
+    elif damage == "empty":
+        newest.write_bytes(b"")
+    elif damage == "no digest":
         newest.with_suffix(".sha256").unlink()
+    else:
+        newest.with_suffix(".sha256").write_text("")
     said = []
     assert newest_checkpoint(tmp_path, said.append) == tmp_path / "iter_6.pth"
     assert said == [f"the checkpoint {newest} is damaged: set aside as iter_12.damaged"]
+    for number in (3, 6):
+        (tmp_path / f"iter_{number}.pth").write_bytes(b"")
+    assert newest_checkpoint(tmp_path, said.append) is None  # from the start, then
+    assert len(said) == 3
 
 
 def test_a_kill_between_the_last_checkpoint_and_the_weights(data_root, tmp_path, monkeypatch):
@@ -184,7 +199,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_weights(data_root, tmp_path,
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_weights", kill)
+        patch.setattr(checkpoints, "save_weights", kill)
         with pytest.raises(Killed):
             measure(nine, Context(tmp_path / "broken", data_root))
     resumed = measure(nine, Context(tmp_path / "broken", data_root))
@@ -200,6 +215,184 @@ def test_a_loss_that_is_not_a_number_ends_the_training_before_it_is_kept(data_ro
         measure(wild, Context(tmp_path, data_root))
     for path in tmp_path.rglob("iter_*.pth"):
         assert np.isfinite(torch.load(path, weights_only=True)["losses"]).all()
+
+
+def with_engine(job: Job, engine: Engine | None = None, **recipe) -> Job:
+    """`job` with another way to run, and other fields of its recipe."""
+    changed = recipe if engine is None else {**recipe, "engine": engine}
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, **changed))
+
+
+# A learning rate and an optimizer with which a wrong scale of the gradients, or a lost one, shows.
+SENSITIVE = {"optimizer": "sgd", "learning_rate": 0.3, "clip_gradient_norm": None, "drop_path_rate": 0.0}
+
+
+def curve(output: Path) -> list[float]:
+    """The loss of each step, as mmengine's visualizer wrote it down."""
+    (file,) = output.rglob("scalars.json")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def trained(job: Job, output: Path, data_root: Path) -> tuple[list[float], dict[str, torch.Tensor], Outcome]:
+    """The losses of the steps, the finished weights, and the outcome."""
+    outcome = measure(job, Context(output, data_root))
+    return curve(output), load_file(output / outcome.artifacts["weights"]), outcome
+
+
+@pytest.fixture(scope="module")
+def plain(data_root, tmp_path_factory):
+    """A sensitive training as it is without any option."""
+    return trained(with_engine(job("classification"), **SENSITIVE), tmp_path_factory.mktemp("plain"), data_root)
+
+
+def assert_the_same(found, expected):
+    losses, weights, _ = found
+    assert max(expected[0]) - min(expected[0]) > 0.01  # else nothing would be compared
+    assert losses == pytest.approx(expected[0], rel=1e-4)
+    for name, value in expected[1].items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "option", [{"accumulate": 2}, {"accumulate": 4}, {"gradient_checkpointing": True}, {"channels_last": True}], ids=str
+)
+def test_options_change_no_number(option, plain, data_root, tmp_path):
+    """Least of all the batch: the mean of its parts' gradients is the gradient of its mean."""
+    found = trained(with_engine(job("classification"), Engine(**option), **SENSITIVE), tmp_path, data_root)
+    assert_the_same(found, plain)
+    assert found[2].details["engine"]["images_per_forward"] == 4 // option.get("accumulate", 1)
+
+
+def test_options_reach_the_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr(zoo.hivit.HiViT, "set_grad_checkpointing", lambda self, enable: asked.append("checkpointing"))
+    monkeypatch.setattr(zoo.hivit.HiViT, "compile", lambda self: asked.append("compile"))
+    options = Engine(gradient_checkpointing=True, compile=True, channels_last=True)
+    asked_for = with_engine(job("classification"), options)
+    model = engine._with_options(asked_for, classification._classifier(asked_for))
+    assert asked == ["checkpointing", "compile"]
+    assert model.network.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_without_gradient_checkpointing_says_so():
+    asked = with_engine(job("classification"), Engine(gradient_checkpointing=True))
+    with pytest.raises(InputError, match="test_hivit cannot do gradient_checkpointing"):
+        engine._with_options(asked, torch.nn.Linear(1, 1))
+
+
+def test_bfloat16_trains_and_is_another_job(plain, data_root, tmp_path):
+    half = with_engine(job("classification", precision="bfloat16"), **SENSITIVE)
+    losses, weights, _ = trained(half, tmp_path, data_root)
+    assert losses == pytest.approx(plain[0], rel=0.05)  # bfloat16 has three digits
+    assert losses != pytest.approx(plain[0], rel=1e-4)
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
+    assert half.key != with_engine(job("classification"), **SENSITIVE).key
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_float16_without_a_gpu_says_so(data_root, tmp_path):
+    with pytest.raises(Blocked, match="float16 needs a GPU"):
+        measure(job("classification", precision="float16"), Context(tmp_path, data_root))
+
+
+def test_curves_are_tensorboards_and_the_record_names_them(data_root, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses, _, outcome = trained(job("classification"), tmp_path, data_root)
+    (events,) = (tmp_path / outcome.artifacts["curves"]).rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events)).Reload().Scalars("loss")
+    assert [event.value for event in found] == pytest.approx(losses)
+    assert [event.step for event in found] == list(range(1, 9))
+
+
+def test_weights_and_biases_is_never_contacted_unless_asked(data_root, tmp_path, monkeypatch):
+    assert not any(backend["type"] == "WandbVisBackend" for backend in engine._curves(job("classification")))
+    asked = with_engine(job("classification"), Engine(wandb="project"))
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"wandb is not installed; pip install .*\[wandb\]"):
+        measure(asked, Context(tmp_path, data_root))
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: object())
+    (backend,) = (backend for backend in engine._curves(asked) if backend["type"] == "WandbVisBackend")
+    assert backend["init_kwargs"] == {"project": "project", "name": asked.key}
+
+
+def test_two_checkpoints_are_kept_and_no_digest_without_one(data_root, tmp_path):
+    seen = []
+
+    def look(state):
+        names = sorted(path.name for path in tmp_path.rglob("iter_*"))
+        seen.append(names)
+
+    measure(with_engine(job("classification"), checkpoint_every=1), Context(tmp_path, data_root, progress=look))
+    assert seen[-1] == ["iter_6.pth", "iter_6.sha256", "iter_7.pth", "iter_7.sha256"]
+    assert not list(tmp_path.rglob("iter_*"))
+
+
+def start(job: Job, workplace: Workplace) -> subprocess.Popen:
+    """A process that does the job as a suite's executor would."""
+    program = "import pickle, sys; from runners.execute import run_job; run_job(*pickle.load(sys.stdin.buffer))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE)
+    process.stdin.write(pickle.dumps((job, workplace)))
+    process.stdin.close()
+    return process
+
+
+def kill_in_training(job: Job, workplace: Workplace, dice: random.Random) -> list[psutil.Process]:
+    """Starts the job, kills it (SIGKILL) at some moment after its first checkpoint; returns the children it had."""
+    for _ in range(5):
+        process = start(job, workplace)
+        while process.poll() is None and not list(workplace.output.rglob("iter_*.pth")):
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.5))
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        if Ledger(workplace.ledger).get(job.key) is None:
+            return children
+        shutil.rmtree(workplace.output)  # the training was faster than the kill
+    raise AssertionError("no training could be caught between its first checkpoint and its end")
+
+
+def test_killed_at_any_moment_with_any_number_of_loading_processes(data_root, tmp_path):
+    """SIGKILL of a real process that loads with two more, and accumulates: the same bits, and nothing left running."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # shown by pytest when the test fails
+    asked = with_engine(job("classification"), Engine(accumulate=2), iterations=16, checkpoint_every=1)
+    whole = measure(asked, Context(tmp_path / "whole", data_root))
+    workplace = Workplace(tmp_path / "broken", data_root, "test")
+    kill_in_training(with_engine(asked, workers=2), workplace, random.Random(seed))
+    record, _ = run_job(with_engine(asked, workers=2), workplace)
+    assert record.status == "done"
+    assert record.details["weights_sha256"] == whole.details["weights_sha256"]
+    assert record.metrics == whole.metrics
+    assert record.artifacts["log"] == f"jobs/{asked.key}/log.txt"
+
+
+def test_too_little_memory_is_a_record_with_the_size_that_failed(data_root, tmp_path, monkeypatch):
+    """A forward that asks for four petabytes."""
+    monkeypatch.setattr(classification.Classifier, "forward", lambda *arguments, **keywords: torch.empty(10**15))
+    record, _ = run_job(job("classification"), Workplace(tmp_path, data_root, "test"))
+    assert record.status == "failed"
+    assert record.reason.startswith("out of memory for 4 images of 32x32: ")
+    assert record.details["out_of_memory"] == {"images": 4, "input_size": [32, 32]}
+    assert Ledger(tmp_path / "ledger").get(record.key) == record
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_every_kind_of_too_little_memory_is_known(error):
+    line = explain(error, job("segmentation"))
+    assert line.startswith("out of memory for 4 images of 32x32: ")
+    assert "\n" not in line
+    assert not explain(ValueError("bad value")).startswith("out of memory")
 
 
 def test_scheduling_puts_longer_jobs_first():

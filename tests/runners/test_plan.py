@@ -99,12 +99,19 @@ def test_keys_are_stable_across_processes():
         ("suite.benchmarks.segmentation.recipe.learning_rate=0.123", {"train", "evaluate"}),
         ("suite.speed.repeats=7", {"speed"}),
         ("seeds=[5]", {"train", "evaluate"}),
-        ("suite.precision=amp", {"train", "evaluate"}),
+        ("suite.precision=bfloat16", {"train", "evaluate"}),
         ("+suite.benchmarks.segmentation.data_options.seed=1", {"train", "evaluate"}),
         ("suite.benchmarks.segmentation.input_size=[96,96]", {"cost", "speed", "train", "evaluate"}),
         ("suite.title=another", set()),
         ("suite.must_gain=1", set()),
         ("executor=inline", set()),
+        # How a training runs on a machine, all at once: no part of the key but what a batch norm sees.
+        (
+            "suite.benchmarks.segmentation.recipe.engine="
+            "{processes:2,gradient_checkpointing:true,channels_last:true,compile:true,wandb:x}",
+            set(),
+        ),
+        ("suite.benchmarks.segmentation.recipe.engine.accumulate=2", {"train", "evaluate"}),
     ],
 )
 def test_a_key_changes_with_what_decides_the_outcome_and_with_nothing_else(override, changed):
@@ -138,6 +145,11 @@ def test_seeds_repeat_trainings_only():
         (["suite.benchmarks.segmentation.input_size=[16,64]"], "at least 32 pixels"),
         (["suite.benchmarks.segmentation.recipe.batch_size=0"], "recipe.batch_size is 0; it must be at least 1"),
         (["suite.benchmarks.segmentation.recipe.learning_rate=-1"], "learning_rate is -1.0; it must be above 0"),
+        (["suite.benchmarks.segmentation.recipe.engine.processes=0"], "engine.processes is 0; it must be at least 1"),
+        (
+            ["suite.benchmarks.segmentation.recipe.engine={processes:2,accumulate:3}"],
+            "8 cannot be shared by 2",
+        ),
         (["suite.benchmarks.classification.head=segformer"], "a classification has no head"),
         (["suite.precision=half"], "unknown precision 'half'"),
         (["suite.benchmarks.segmentation.head=bare"], "head=bare has nothing to train"),
