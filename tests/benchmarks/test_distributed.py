@@ -12,14 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_engine import (
-    SENSITIVE,
-    assert_the_same,
-    job,
-    kill_in_training,
-    trained,
-    with_engine,
-)
+from training_support import SENSITIVE, assert_the_same, job, kill_in_training, trained, with_engine
 
 from benchmarks import distributed
 from benchmarks.distributed import measure_in_processes
@@ -32,7 +25,7 @@ from runners.execute import Workplace, run_job
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu.py has these with nccl")
 
 TWO = with_engine(
-    job("classification"), Engine(processes=2, accumulate=2), **SENSITIVE, iterations=12, checkpoint_every=1
+    job("classification"), Engine(processes=2, accumulate=2), **SENSITIVE, iterations=30, checkpoint_every=1
 )
 
 
@@ -62,7 +55,7 @@ def test_two_processes_train_as_one(both, data_root, tmp_path):
     assert both[2].metrics == pytest.approx(one[2].metrics, rel=1e-4)
 
 
-def test_killed_at_any_moment_two_processes_go_on_to_the_same_bits(both, data_root, tmp_path):
+def test_killed_at_any_moment_two_processes_go_on_to_the_same_bits(both, forked, data_root, tmp_path):
     seed = random.randrange(10**6)
     print(f"seed {seed}")  # shown by pytest when the test fails
     workplace = Workplace(tmp_path / "output", data_root, "test")
@@ -118,7 +111,7 @@ def test_progress_and_reports_reach_the_caller(forked, data_root, tmp_path):
     (folder / "iter_3.pth").write_bytes(b"damaged")
     states, said = [], []
     measure(TWO, Context(tmp_path, data_root, progress=states.append, report=said.append))
-    assert [state["fraction"] for state in states] == pytest.approx([step / 12 for step in range(1, 13)])
+    assert [state["fraction"] for state in states] == pytest.approx([step / 30 for step in range(1, 31)])
     assert said == [f"the checkpoint {folder / 'iter_3.pth'} is damaged: set aside as iter_3.damaged"]
 
 

@@ -3,72 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 import random
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.runner.checkpoint import CheckpointLoader
-from safetensors.torch import load_file
-from tests_support import ROOT
+from training_support import SENSITIVE, assert_the_same, job, kill_in_training, trained, with_engine
 
 import zoo
-from benchmarks import checkpoints, classification, engine
+from benchmarks import checkpoints, classification, engine, loop_overhead
 from benchmarks.checkpoints import AtomicBackend, install, newest_checkpoint
 from benchmarks.draws import NumberedSampler, SeededDataset, seeded
-from benchmarks.engine import Context, Outcome
+from benchmarks.engine import Context
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Engine, Job, Recipe, SpeedSettings, scheduling
+from benchmarks.job import Engine, Recipe, SpeedSettings, scheduling
 from benchmarks.measure import measure
 from results.ledger import Ledger
 from runners.execute import Workplace, explain, run_job
-
-DATA = {"train": 40, "validation": 20}
-
-
-def job(task: str, **changes) -> Job:
-    recipe = {
-        "iterations": 8,
-        "batch_size": 4,
-        "warmup_iterations": 2,
-        "checkpoint_every": 3,
-        "learning_rate": 1e-3,
-        "drop_path_rate": 0.3,
-        "label_smoothing": 0.1,
-    }
-    segmentation = task == "segmentation"
-    if segmentation:
-        recipe["augmentation"] = {
-            "resize": [64, 64],
-            "ratio_range": [0.5, 2.0],
-            "flip": 0.5,
-            "photometric_distortion": True,
-        }
-    else:
-        recipe["augmentation"] = {"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5, "color_jitter": 0.4}
-    settings = {
-        "stage": "train",
-        "task": task,
-        "label": "test_hivit",
-        "model": "test_hivit",
-        "input_size": (32, 32),
-        "num_classes": 11 if segmentation else 10,
-        "head": "segformer" if segmentation else None,
-        "data": f"digit_scenes_{task}",
-        "data_version": 1,
-        "data_options": DATA,
-        "recipe": Recipe(**recipe),
-    }
-    return Job(**settings | changes)
 
 
 @pytest.fixture(scope="module")
@@ -217,41 +172,10 @@ def test_a_loss_that_is_not_a_number_ends_the_training_before_it_is_kept(data_ro
         assert np.isfinite(torch.load(path, weights_only=True)["losses"]).all()
 
 
-def with_engine(job: Job, engine: Engine | None = None, **recipe) -> Job:
-    """`job` with another way to run, and other fields of its recipe."""
-    changed = recipe if engine is None else {**recipe, "engine": engine}
-    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, **changed))
-
-
-# A learning rate and an optimizer with which a wrong scale of the gradients, or a lost one, shows.
-SENSITIVE = {"optimizer": "sgd", "learning_rate": 0.3, "clip_gradient_norm": None, "drop_path_rate": 0.0}
-
-
-def curve(output: Path) -> list[float]:
-    """The loss of each step, as mmengine's visualizer wrote it down."""
-    (file,) = output.rglob("scalars.json")
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def trained(job: Job, output: Path, data_root: Path) -> tuple[list[float], dict[str, torch.Tensor], Outcome]:
-    """The losses of the steps, the finished weights, and the outcome."""
-    outcome = measure(job, Context(output, data_root))
-    return curve(output), load_file(output / outcome.artifacts["weights"]), outcome
-
-
 @pytest.fixture(scope="module")
 def plain(data_root, tmp_path_factory):
     """A sensitive training as it is without any option."""
     return trained(with_engine(job("classification"), **SENSITIVE), tmp_path_factory.mktemp("plain"), data_root)
-
-
-def assert_the_same(found, expected):
-    losses, weights, _ = found
-    assert max(expected[0]) - min(expected[0]) > 0.01  # else nothing would be compared
-    assert losses == pytest.approx(expected[0], rel=1e-4)
-    for name, value in expected[1].items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -329,36 +253,11 @@ def test_two_checkpoints_are_kept_and_no_digest_without_one(data_root, tmp_path)
     assert not list(tmp_path.rglob("iter_*"))
 
 
-def start(job: Job, workplace: Workplace) -> subprocess.Popen:
-    """A process that does the job as a suite's executor would."""
-    program = "import pickle, sys; from runners.execute import run_job; run_job(*pickle.load(sys.stdin.buffer))"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE)
-    process.stdin.write(pickle.dumps((job, workplace)))
-    process.stdin.close()
-    return process
-
-
-def kill_in_training(job: Job, workplace: Workplace, dice: random.Random) -> list[psutil.Process]:
-    """Starts the job, kills it (SIGKILL) at some moment after its first checkpoint; returns the children it had."""
-    for _ in range(5):
-        process = start(job, workplace)
-        while process.poll() is None and not list(workplace.output.rglob("iter_*.pth")):
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.5))
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.kill()
-        process.wait()
-        if Ledger(workplace.ledger).get(job.key) is None:
-            return children
-        shutil.rmtree(workplace.output)  # the training was faster than the kill
-    raise AssertionError("no training could be caught between its first checkpoint and its end")
-
-
 def test_killed_at_any_moment_with_any_number_of_loading_processes(data_root, tmp_path):
     """SIGKILL of a real process that loads with two more, and accumulates: the same bits, and nothing left running."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")  # shown by pytest when the test fails
-    asked = with_engine(job("classification"), Engine(accumulate=2), iterations=16, checkpoint_every=1)
+    asked = with_engine(job("classification"), Engine(accumulate=2), iterations=30, checkpoint_every=1)
     whole = measure(asked, Context(tmp_path / "whole", data_root))
     workplace = Workplace(tmp_path / "broken", data_root, "test")
     kill_in_training(with_engine(asked, workers=2), workplace, random.Random(seed))
@@ -393,6 +292,19 @@ def test_every_kind_of_too_little_memory_is_known(error):
     assert line.startswith("out of memory for 4 images of 32x32: ")
     assert "\n" not in line
     assert not explain(ValueError("bad value")).startswith("out of memory")
+
+
+def test_the_loops_overhead_is_measured(data_root, monkeypatch):
+    """The three loops train on the same images, and a step that waits costs what it waits."""
+    short = with_engine(job("classification"), iterations=100, clip_gradient_norm=5.0)
+    seconds = loop_overhead.compare(short, data_root, steps=4)
+    assert {name: len(steps) for name, steps in seconds.items()} == {"engine": 4, "loader": 4, "memory": 4}
+    slow = engine.JobHook.after_train_iter
+    monkeypatch.setattr(engine.JobHook, "after_train_iter", lambda *a, **k: (time.sleep(0.2), slow(*a, **k)))
+    slowed = loop_overhead.compare(short, data_root, steps=4)
+    assert min(slowed["engine"]) > 0.2
+    assert loop_overhead.overhead(slowed["engine"], slowed["loader"]) > 50
+    assert loop_overhead.overhead([2.0, 2.1, 9.0], [2.0, 2.0, 3.0]) == pytest.approx(5.0)
 
 
 def test_scheduling_puts_longer_jobs_first():
