@@ -100,7 +100,8 @@ def compare(job: Job, root: Path, steps: int) -> dict[str, list[float]]:
     init_default_scope("mmseg")
     segments = job.task == "segmentation"
     task, collate = (segmentation, pseudo_collate) if segments else (classification, default_collate)
-    dataset = task._dataset(job, data.prepare(job.data, root, report=lambda message: None), training=True)
+    folder = data.prepare(job.data, root, job.data_options, report=lambda message: None)
+    dataset = task._dataset(job, folder, training=True)
 
     def build() -> torch.nn.Module:
         torch.manual_seed(job.seed)
@@ -114,13 +115,13 @@ def compare(job: Job, root: Path, steps: int) -> dict[str, list[float]]:
     }
     clock = _Interleaved(WARMUP + steps, loops)
     with (
-        tempfile.TemporaryDirectory() as folder,
-        open(Path(folder) / "log.txt", "w") as log,  # as a suite does
+        tempfile.TemporaryDirectory() as output,
+        open(Path(output) / "log.txt", "w") as log,  # as a suite does
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         try:
-            training_runner(job, Context(Path(folder), root), build(), dataset, collate, [clock]).train()
+            training_runner(job, Context(Path(output), root), build(), dataset, collate, [clock]).train()
         finally:
             forget_runners()
     return {name: seconds[WARMUP:] for name, seconds in clock.seconds.items()}

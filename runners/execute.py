@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 import traceback
 from dataclasses import dataclass
@@ -141,8 +142,11 @@ def explain(error: BaseException, job: Job | None = None) -> str:
     """One line for a person: what an error means, without its traceback; of too little memory, also what for."""
     text = " ".join(str(error).split()) or type(error).__name__
     if _out_of_memory(error):
-        tried = f" for {_size(job)}" if job else ""
-        return f"out of memory{tried}: {text[:200]}; lower the batch size or the input size, or free memory"
+        asked = re.search(r"tried to allocate (\d[\d.]* ?\w+)", text, re.IGNORECASE)
+        what = f"{asked[1]} could not be had" if asked else text[:200]
+        less = "raise recipe.engine.accumulate" if job is not None and job.stage == "train" else "lower the batch size"
+        size = f" for {_size(job)}" if job is not None else ""
+        return f"out of memory{size}: {what}; {less}, lower the input size, or free memory"
     if isinstance(error, Blocked | InputError | FloatingPointError):
         return text
     return f"{type(error).__name__}: {text[:300]}"
