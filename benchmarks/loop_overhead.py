@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, default_collate
 from benchmarks import classification, data, segmentation
 from benchmarks.engine import Context, forget_runners, training_runner
 from benchmarks.job import Job, Recipe
+from benchmarks.measure import deterministic
 from benchmarks.optimizer import build_optimizer
 from benchmarks.speed import hardware
 
@@ -35,7 +36,7 @@ WARMUP = 3  # steps before the clock counts: they allocate memory
 EXAMPLES = (("classification", "hivit_tiny"), ("segmentation", "mit_b0"))  # (task, model)
 
 
-def example(task: str, model: str) -> Job:
+def example(task: str, model: str, threads: int) -> Job:
     """A training of the demo's size."""
     return Job(
         stage="train",
@@ -52,6 +53,7 @@ def example(task: str, model: str) -> Job:
             warmup_iterations=10,
             clip_gradient_norm=5.0,
             checkpoint_every=10**9,
+            threads=threads,
         ),
     )
 
@@ -115,6 +117,7 @@ def compare(job: Job, root: Path, steps: int) -> dict[str, list[float]]:
     }
     clock = _Interleaved(WARMUP + steps, loops)
     with (
+        deterministic(job),
         tempfile.TemporaryDirectory() as output,
         open(Path(output) / "log.txt", "w") as log,  # as a suite does
         contextlib.redirect_stdout(log),
@@ -138,8 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)
     rows: list[tuple[str, Callable[[dict[str, list[float]]], str]]] = [
         ("batch in memory, ms", lambda seconds: f"{1e3 * statistics.median(seconds['memory']):.1f}"),
         ("DataLoader, ms", lambda seconds: f"{1e3 * statistics.median(seconds['loader']):.1f}"),
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"|---|{'---|' * len(rows)}", flush=True)
     with tempfile.TemporaryDirectory() as root:
         for task, model in EXAMPLES:
-            seconds = compare(example(task, model), Path(root), options.steps)
+            seconds = compare(example(task, model, options.threads), Path(root), options.steps)
             print(f"| {model} ({task}) | {' | '.join(cell(seconds) for _, cell in rows)} |", flush=True)
 
 

@@ -41,7 +41,7 @@ def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None
             return _speed(job)
         if job.recipe.engine.processes > 1 and not torch.distributed.is_initialized():
             return measure_in_processes(job, context, trained or {})
-        with _deterministic(job):
+        with deterministic(job):
             if job.stage == "train":
                 return _task(job).run_train(job, context)
             weights = context.output / (trained or {}).get("weights", "")
@@ -135,7 +135,7 @@ def _speed(job: Job) -> Outcome:
 
 
 @contextmanager
-def _deterministic(job: Job) -> Iterator[None]:
+def deterministic(job: Job) -> Iterator[None]:
     """The process as a training of this recipe needs it: its CPU threads, its seed, denormal numbers as zero.
 
     Denormal numbers slow a training on a CPU many times over once its gradients become small.

@@ -287,7 +287,7 @@ def test_too_little_memory_is_a_record_with_the_size_that_failed(data_root, tmp_
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."), "2.00 GiB could not"),
         (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes. E"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: tried to allocate 12 bytes. E"),
             "12 bytes could",
         ),
         (RuntimeError("CUDA error: out of memory"), "CUDA error"),
