@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from timm.loss import LabelSmoothingCrossEntropy
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 import zoo
 from benchmarks import data
+from benchmarks.data.images import Images, open_images
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
 from benchmarks.job import Job
@@ -77,7 +78,7 @@ def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     dataset = _dataset(job, root, training=False)
     model, batch_size = _classifier(job), job.recipe.batch_size
     metrics = evaluate(job, context, model, weights, dataset, default_collate, batch_size, TopK())
-    frequencies = Counter(label for _, label in dataset.reader.samples)
+    frequencies = Counter(dataset.labels)
     baseline = 100.0 * max(frequencies.values()) / frequencies.total()
     return Outcome(metrics={**metrics, "baseline_top1": baseline}, details={"images": frequencies.total()})
 
@@ -86,13 +87,12 @@ def _classifier(job: Job) -> Classifier:
     return Classifier(build_model(job), job.recipe.label_smoothing)
 
 
-def _dataset(job: Job, root: Path, training: bool) -> Dataset:
-    """timm's dataset over ImageNet's folder layout (`split/class/image`), with the recipe's transforms."""
+def _dataset(job: Job, root: Path, training: bool) -> Images:
+    """The images of a split in ImageNet's layout, with the recipe's transforms."""
     described = data.describe(job.data)
     arguments = job.recipe.augmentation if training else job.recipe.evaluation
     try:
         transform = create_transform(input_size=(3, *job.input_size), is_training=training, **arguments)
     except TypeError as error:
         raise InputError(f"recipe: timm's create_transform does not take these settings: {error}") from error
-    split = described.training if training else described.validation
-    return create_dataset("", root=str(root), split=split, transform=transform)
+    return open_images(described, root, training, transform)

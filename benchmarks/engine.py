@@ -261,7 +261,7 @@ def param_scheduler(job: Job) -> list[dict[str, Any]]:
     warmup, total = recipe.warmup_iterations, recipe.iterations
     decay: dict[str, Any] = {"eta_min": recipe.minimum_learning_rate, "begin": warmup, "end": total, "by_epoch": False}
     if recipe.schedule == "poly":
-        decay |= {"type": "PolyLR", "power": 1.0}
+        decay |= {"type": "PolyLR", "power": recipe.poly_power}
     else:
         decay |= {"type": "CosineAnnealingLR", "T_max": total - warmup}
     if not warmup:

@@ -34,9 +34,11 @@ class Recipe:
     learning_rate: float = 6e-5
     weight_decay: float = 0.01  # not applied to norms, biases and what the model's no_weight_decay() names
     warmup_iterations: int = 1500  # linear, from a thousandth of the learning rate
-    schedule: str = "poly"  # "poly" (power 1) or "cosine", both to `minimum_learning_rate`
+    schedule: str = "poly"  # "poly" or "cosine", both to `minimum_learning_rate`
+    poly_power: float = 1.0  # 1: a straight line
     minimum_learning_rate: float = 0.0
     head_learning_rate_multiplier: float = 1.0  # segmentation: the decode head learns so much faster
+    layer_decay: float | None = None  # each layer of the backbone learns so much slower than the one after it
     clip_gradient_norm: float | None = None
     label_smoothing: float = 0.0  # classification
     drop_path_rate: float | None = None  # None: the model's own default
@@ -145,7 +147,10 @@ def scheduling(job: Job, macs: Mapping[tuple[str, str], float]) -> dict[str, Any
         seconds = 3 * forward * recipe.batch_size * recipe.iterations / recipe.threads
         return {"cpus": recipe.threads, "alone": False, "seconds": seconds}
     if job.stage == "evaluate":
-        return {"cpus": job.recipe.threads, "alone": False, "seconds": 1.0 + 1000 * forward / job.recipe.threads}
+        settings = job.recipe.evaluation
+        several = (2 if settings.get("flip") else 1) * sum(scale**2 for scale in settings.get("scales", ()))
+        seconds = 1.0 + 1000 * forward * (1 + several) / job.recipe.threads
+        return {"cpus": job.recipe.threads, "alone": False, "seconds": seconds}
     if job.stage == "speed":
         return {"cpus": 1, "alone": True, "seconds": 2.0 + 2 * job.speed.max_seconds}
     return {"cpus": 0, "alone": False, "seconds": 1.0}

@@ -23,7 +23,7 @@ METRICS = {
     ),
     "train": ("final_loss", "iterations", "seconds"),
     "evaluate/classification": ("top1", "top5", "baseline_top1"),  # percent; the baseline is the majority class
-    "evaluate/segmentation": ("mIoU", "mAcc", "aAcc", "baseline_mIoU"),  # percent; the baseline is all background
+    "evaluate/segmentation": ("mIoU", "mAcc", "aAcc", "baseline_mIoU", "mIoU_ms"),  # percent; ms: several scales
 }
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+=-]{0,199}")
