@@ -119,10 +119,11 @@ def format_cell(column: Column, cell: Cell, interval: bool = True) -> str:
 
 
 def best_rows(column: Column, rows: Sequence[Row]) -> set[int]:
-    """The rows that hold the best value among rows of the same task and data; none where all are the same."""
+    """The rows with the best value among those of one task, data set, head and size; none where all are the same."""
     best: set[int] = set()
-    for group in {(row.task, row.data) for row in rows}:
-        members = [i for i, row in enumerate(rows) if (row.task, row.data) == group]
+    groups = [(row.task, row.data, row.head, row.input_size) for row in rows]
+    for group in set(groups):
+        members = [i for i, own in enumerate(groups) if own == group]
         values = {i: value for i in members if (value := rows[i].cells[column.name].value) is not None}
         if column.best and len(set(values.values())) > 1:
             winner = (min if column.best == "min" else max)(values.values())
@@ -264,7 +265,7 @@ def latex(table: Display, label: str) -> str:
 
 
 def _legend(table: Display) -> str:
-    return ". Bold: the best of the column." if any(map(any, table.best)) else "."
+    return ". Bold: the best for its task, data, head and size." if any(map(any, table.best)) else "."
 
 
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -287,18 +288,24 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def closing_table(records: Sequence[Record]) -> "rich.table.Table":
-    """What a run ends with: every model of every task on one screen, 100 columns wide, best values marked."""
+    """What a run ends with: every model of every task on one screen, 100 columns wide, best values marked.
+
+    Without any training there are no columns of scores, and backbones without a head are rows as well.
+    """
     params, macs, _ = _COST
     latency, _, memory = _SPEED
-    rows = {task: join(records, task) for task in TASKS}
-    headings = ["Params\nM", "MACs\nG", "Latency\nms", "Memory\nMB", "Score\n%", "Trivial\n%"]
+    trained = any(record.stage in ("train", "evaluate") for record in records)
+    shown = [row for task in TASKS for row in join(records, task)] if trained else join_cost(records)
+    rows = {task: [row for row in shown if row.task == task] for task in TASKS}
+    headings = ["Params\nM", "MACs\nG", "Latency\nms", "Memory\nMB", *(["Score\n%", "Trivial\n%"] if trained else [])]
     table = _terminal_table("Results", headings, [*rows["classification"], *rows["segmentation"]])
     footnotes: dict[str, None] = {}
     for task, (score, *_, trivial) in _SCORES.items():
         for data in dict.fromkeys(row.data for row in rows[task]):
             group = [row for row in rows[task] if row.data == data]
-            subtitle = f"{task.capitalize()} ({score.title})" + (f"\n{data}" if data else "")
-            _add_section(table, subtitle, group, (params, macs, latency, memory, score, trivial), footnotes)
+            subtitle = task.capitalize() + (f" ({score.title})" if trained else "") + (f"\n{data}" if data else "")
+            columns = (params, macs, latency, memory, *((score, trivial) if trained else ()))
+            _add_section(table, subtitle, group, columns, footnotes)
     _add_footnotes(table, footnotes)
     return table
 
@@ -342,7 +349,7 @@ def _add_section(
     table.add_row(Text(title, style="bold"))
     sized = len(table.columns) > len(columns) + 1
     winners = {column.name: best_rows(column, rows) for column in columns}
-    for index, (row, label) in enumerate(zip(rows, labels(rows), strict=True)):
+    for index, (row, label) in enumerate(zip(rows, labels(rows, size_apart=sized), strict=True)):
         cells = [Text(label), Text(row.size)] if sized else [Text(label)]
         for column in columns:
             cell = row.cells[column.name]
