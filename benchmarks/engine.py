@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from mmengine.visualization import Visualizer
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from benchmarks.optimizer import build_optimizer
 
 WEIGHTS = "weights.safetensors"
@@ -206,7 +206,9 @@ class JobHook(Hook):
         self.context.progress({"fraction": (batch_idx + 1) / len(runner.val_dataloader), "text": "evaluating"})
 
 
-def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings: Any) -> Runner:
+def build_runner(
+    job: Job, context: Context, model: torch.nn.Module, hooks_of_task: Sequence[Hook] = (), **settings: Any
+) -> Runner:
     """An mmengine Runner with the suite's hooks. `settings` are Runner's own: data loaders, loops, evaluators."""
     install_engine()
     recipe = job.recipe
@@ -222,7 +224,7 @@ def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings:
         "runtime_info": {"type": "RuntimeInfoHook"},
         "checkpoint": None,
     }
-    if job.stage == "train":
+    if job.stage in TRAININGS:
         hooks["checkpoint"] = {
             "type": "CheckpointHook",
             "interval": recipe.checkpoint_every,
@@ -235,7 +237,7 @@ def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings:
         model=model,
         work_dir=str(context.folder(job.key)),
         default_hooks=hooks,
-        custom_hooks=[JobHook(context)],
+        custom_hooks=[JobHook(context), *hooks_of_task],
         default_scope="mmseg",
         randomness={"seed": job.seed},
         experiment_name=job.key,
@@ -271,11 +273,12 @@ def param_scheduler(job: Job) -> list[dict[str, Any]]:
 
 def _optim_wrapper(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """mmengine's optimizer wrapper: gradient clipping, and automatic mixed precision where the job asks for it."""
-    clip = job.recipe.clip_gradient_norm
+    norm, value = job.recipe.clip_gradient_norm, job.recipe.clip_gradient_value
+    clip = {"max_norm": norm} if norm is not None else {"type": "value", "clip_value": value}
     return {
         "type": "AmpOptimWrapper" if job.precision == "amp" else "OptimWrapper",
         "optimizer": optimizer,
-        "clip_grad": None if clip is None else {"max_norm": clip},
+        "clip_grad": None if norm is None and value is None else clip,
     }
 
 
@@ -293,7 +296,12 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | Non
 
 
 def train(
-    job: Job, context: Context, build_model: Callable[[], torch.nn.Module], dataset: Dataset, collate: Callable
+    job: Job,
+    context: Context,
+    build_model: Callable[[], torch.nn.Module],
+    dataset: Dataset,
+    collate: Callable,
+    hooks: Sequence[Hook] = (),
 ) -> Outcome:
     """Trains from the newest checkpoint, or from fresh weights, and keeps the finished weights as safetensors."""
     folder = context.folder(job.key)
@@ -305,6 +313,7 @@ def train(
         job,
         context,
         model,
+        hooks,
         train_dataloader=_training_loader(job, dataset, collate),
         train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
         optim_wrapper=_optim_wrapper(job, build_optimizer(job, model)),

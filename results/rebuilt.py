@@ -158,11 +158,16 @@ def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
         and (_same_data(printed, row.data) if row.data else printed.num_classes == job.get("num_classes", 0))
         and _same_network(printed, job)
     ]
-    if not fitting:
+    if not fitting or any(_pretrained(record) for record in row.records):
         return None, ""
     first = min(fitting, key=lambda printed: printed.texts.get("reported_by") != "own")
     source = f"{first.paper}, Table {first.table}: {first.label}, {first.texts.get('dataset', '')}"
     return first.number(column), source.rstrip(", ")
+
+
+def _pretrained(record: Record) -> bool:
+    """Whether the weights come from training without labels, which no row that is compared here did."""
+    return (record.job.get("starts_from") or {}).get("stage") == "pretrain"
 
 
 class _Ledger:
@@ -191,6 +196,7 @@ class _Ledger:
             record
             for record in self._of(row)
             if record.stage in ("train", "evaluate")
+            and not _pretrained(record)
             and _same_data(row, record.data or "")
             and row.input_size in (None, tuple(record.input_size))
         ]

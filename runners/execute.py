@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from results.files import write_atomic
 from results.ledger import Ledger
 from results.record import Record
@@ -106,7 +106,7 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
 
 def weights_are_there(record: Record, output: Path) -> bool:
     """Whether a finished training still has the file that its record speaks of; true for all other jobs."""
-    if record.stage != "train":
+    if record.stage not in TRAININGS:
         return True
     path = output / record.artifacts["weights"]
     if not path.is_file():

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from benchmarks.errors import InputError
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from results.record import Record
 from runners.config import Cluster
 from runners.execute import Workplace, make_record, run_job
@@ -199,7 +199,7 @@ class Ray:
                     del queue.waiting[job.key]
                     cpus = widest if needs[job.key]["alone"] else min(needs[job.key]["cpus"], widest)
                     options = {"num_cpus": cpus, "max_retries": RETRIES, "retry_exceptions": False, "name": job.title}
-                    if job.stage in ("train", "evaluate"):
+                    if job.stage in (*TRAININGS, "evaluate"):
                         options["num_gpus"] = gpus
                     running[task.options(**options).remote(job, self.workplace)] = job
                 if not running:
