@@ -14,19 +14,21 @@ def build_optimizer(job: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
 
     No weight decay on biases, norms and what any module's `no_weight_decay()` names; the heads of a segmentor, the
     auxiliary one included, learn `head_learning_rate_multiplier` times as fast; with `layer_decay` each layer of a
-    classifier, as its `group_matcher()` counts them, learns more slowly than the one after it.
+    classifier or backbone, as its `group_matcher()` counts them, learns more slowly than the one after it.
 
     Raises:
         InputError: the optimizer does not take the recipe's `optimizer_options`.
     """
     recipe = job.recipe
     heads = [head for name in ("decode_head", "auxiliary_head") if (head := getattr(model, name, None)) is not None]
-    parts = [(model.backbone if heads else getattr(model, "network", model), 1.0)]
+    backbone = model.backbone if heads else model
+    # A segmentor's head is the layer after the last of its backbone, as the classifier is in a classifier.
+    parts = [(getattr(backbone, "network", backbone), recipe.layer_decay if heads and recipe.layer_decay else 1.0)]
     parts += [(head, recipe.head_learning_rate_multiplier) for head in heads]
     groups = []
     for module, multiplier in parts:
         settings = {"weight_decay": recipe.weight_decay, "no_weight_decay_list": _not_decayed(module)}
-        if recipe.layer_decay is None:
+        if recipe.layer_decay is None or module in heads:
             found = param_groups_weight_decay(module, **settings)
         else:
             found = param_groups_layer_decay(module, layer_decay=recipe.layer_decay, **settings)
