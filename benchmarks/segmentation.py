@@ -62,6 +62,8 @@ def build_model(job: Job) -> EncoderDecoder | ZooBackbone:
     evaluation = job.recipe.evaluation if job.recipe is not None else {}
     test = {"mode": choose("mode", evaluation.get("mode", "whole"), ("whole", "slide"), "recipe.evaluation")}
     if test["mode"] == "slide":
+        if "stride" not in evaluation:
+            raise InputError("recipe.evaluation: mode slide needs a stride, [height, width] in pixels")
         test |= {"crop_size": job.input_size, "stride": tuple(evaluation["stride"])}
     return parts.pop("type")(
         backbone={"type": lambda: backbone},  # is built already: the heads are made for its channels
