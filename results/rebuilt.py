@@ -142,10 +142,11 @@ def reproduced(printed: str, value: float | Fraction) -> str:
 def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
     """What a paper prints for the accuracy of a measured row's network, data set and size, and where it does.
 
-    A paper's own number goes before one that a paper quotes. (None, "") where none prints one.
+    A paper's own number goes before one that a paper quotes. (None, "") where none prints one. A row without a training
+    has no data set: there the number of classes tells which one is meant.
     """
     job = row.records[0].job
-    name, data = str(job.get("model") or row.model), row.data or str(job.get("data") or "")
+    name = str(job.get("model") or row.model)
     column = "top1" if row.task == "classification" else "miou"
     fitting = [
         printed
@@ -154,7 +155,7 @@ def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
         and column in printed.cells
         and printed.trainable
         and printed.input_size in (None, row.input_size)
-        and _same_data(printed, data)
+        and (_same_data(printed, row.data) if row.data else printed.num_classes == job.get("num_classes", 0))
         and _same_network(printed, job)
     ]
     if not fitting or any(_pretrained(record) for record in row.records):

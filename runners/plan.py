@@ -192,10 +192,10 @@ def check_models(jobs: Sequence[Job]) -> None:
     Raises:
         InputError: names the model, the field or the optimizer, with the near matches.
     """
-    import torch
     from timm.optim import list_optimizers
 
     import zoo
+    from benchmarks.trace import on_meta
 
     for name in {job.recipe.optimizer for job in jobs if job.recipe is not None}:
         choose("optimizer", name, list_optimizers(), "recipe")
@@ -203,7 +203,7 @@ def check_models(jobs: Sequence[Job]) -> None:
     models = {(job.model, job.task, json.dumps(job.content()["model_config"], sort_keys=True)): job for job in jobs}
     for job in models.values():
         try:
-            with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # mmcv warns of operators not used
+            with on_meta(), warnings.catch_warnings(action="ignore"):  # mmcv warns of operators not used
                 features = job.task == "segmentation"
                 zoo.create_model(job.model, features_only=features, **job.model_config)
         except zoo.ZooError as error:

@@ -10,12 +10,10 @@ import sys
 from collections import defaultdict
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from tests_support import ROOT, configuration
 
 from benchmarks.errors import InputError
 from benchmarks.job import HEADS, STAGES, TASKS
-from runners.config import Config, register
 from runners.plan import make_jobs
 from runners.run import CONF
 
@@ -23,12 +21,6 @@ PAPERS = CONF.parent.parent / "results" / "papers"
 SUITES = sorted(path.stem for path in (CONF / "suite").glob("*.yaml"))
 DEMO_STAGES = [stage for stage in STAGES if stage != "pretrain"]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
-
-
-def configuration(*overrides: str) -> Config:
-    register()
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return OmegaConf.to_object(compose("config", list(overrides)))
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -90,7 +82,11 @@ def test_keys_are_stable_across_processes():
     program = f"import runpy; module = runpy.run_path({__file__!r}); print(*map(sorted, module['keys']().values()))"
     seen = [
         subprocess.run(
-            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / "tests")},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         for seed in "12"
     ]
