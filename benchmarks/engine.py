@@ -207,12 +207,15 @@ class JobHook(Hook):
 
 
 def build_runner(
-    job: Job, context: Context, model: torch.nn.Module, hooks_of_task: Sequence[Hook] = (), **settings: Any
+    job: Job, context: Context, model: torch.nn.Module, hooks: Sequence[Hook] = (), **settings: Any
 ) -> Runner:
-    """An mmengine Runner with the suite's hooks. `settings` are Runner's own: data loaders, loops, evaluators."""
+    """An mmengine Runner with the suite's hooks and `hooks`.
+
+    `settings` are Runner's own: data loaders, loops, evaluators.
+    """
     install_engine()
     recipe = job.recipe
-    hooks: dict[str, Any] = {
+    default_hooks: dict[str, Any] = {
         "timer": {"type": "IterTimerHook"},
         "logger": {
             "type": "LoggerHook",
@@ -225,7 +228,7 @@ def build_runner(
         "checkpoint": None,
     }
     if job.stage in TRAININGS:
-        hooks["checkpoint"] = {
+        default_hooks["checkpoint"] = {
             "type": "CheckpointHook",
             "interval": recipe.checkpoint_every,
             "by_epoch": False,
@@ -236,8 +239,8 @@ def build_runner(
     return Runner(
         model=model,
         work_dir=str(context.folder(job.key)),
-        default_hooks=hooks,
-        custom_hooks=[JobHook(context), *hooks_of_task],
+        default_hooks=default_hooks,
+        custom_hooks=[JobHook(context), *hooks],
         default_scope="mmseg",
         randomness={"seed": job.seed},
         experiment_name=job.key,

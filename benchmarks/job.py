@@ -139,7 +139,7 @@ class Job:
     def _recipe(self) -> dict[str, Any]:
         """What of the recipe decides the outcome of this stage, less what stands at its default."""
         unused = {"checkpoint_every", "workers"} | ({"evaluation"} if self.stage in TRAININGS else set())
-        default = asdict(Recipe())
+        default = asdict(type(self.recipe)())
         return {
             name: value for name, value in asdict(self.recipe).items() if name not in unused and value != default[name]
         }

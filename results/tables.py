@@ -1,11 +1,11 @@
 """Comparison tables from records alone: CSV for machines, Markdown and LaTeX for papers, rich for the terminal."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .display import Display, latex, markdown
 from .files import write_atomic
 from .record import METRICS, TASKS, Record
 from .rows import INTERVALS, Cell, Row, join, join_cost, labels
@@ -76,20 +76,6 @@ CAPTIONS = {
     "segmentation": "Semantic segmentation: cost, speed and mean intersection over union",
     "cost": "Cost and speed of every model",
 }
-
-
-@dataclass(frozen=True)
-class Display:
-    """A table as a reader sees it: text, and which cells are the best of their column."""
-
-    caption: str
-    headings: list[str]
-    numeric: list[bool]  # by column: whether it holds numbers
-    cells: list[list[str]]
-    values: list[list[float | None]]  # the number behind a cell, None where there is none
-    best: list[list[bool]]
-    measured: list[list[bool]]  # False for a cell that shows a status instead of a number
-    footnotes: list[str]  # footnote n is referred to as [n]
 
 
 def rows_of(records: Sequence[Record], kind: str) -> list[Row]:
@@ -221,53 +207,6 @@ def display(rows: Sequence[Row], kind: str) -> Display:
     )
 
 
-def markdown(table: Display) -> str:
-    """A GitHub table with its caption and footnotes; the best value of a column is bold."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    body = [
-        [f"**{_escape_markdown(c)}**" if b else _escape_markdown(c) for c, b in zip(cells, best, strict=True)]
-        for cells, best in zip(table.cells, table.best, strict=True)
-    ]
-    lines = [_escape_markdown(table.caption) + _legend(table), ""]
-    lines += [line([_escape_markdown(h) for h in table.headings])]
-    lines += [line(["---:" if numeric else "---" for numeric in table.numeric]), *map(line, body)]
-    if table.footnotes:
-        lines += ["", *(f"- \\[{n}\\] {_escape_markdown(text)}" for n, text in enumerate(table.footnotes, start=1))]
-    return "\n".join(lines) + "\n"
-
-
-def latex(table: Display, label: str) -> str:
-    """A `table` environment (needs booktabs and graphicx) with caption and footnotes; the best of a column is bold."""
-    lines = [
-        "% Needs \\usepackage{booktabs} and \\usepackage{graphicx}.",
-        "\\begin{table}",
-        "  \\centering",
-        f"  \\caption{{{escape_latex(table.caption)}{_legend(table)}}}",
-        f"  \\label{{tab:{label}}}",
-        "  \\resizebox{\\linewidth}{!}{%",
-        f"  \\begin{{tabular}}{{{''.join('r' if numeric else 'l' for numeric in table.numeric)}}}",
-        "    \\toprule",
-        "    " + " & ".join(map(escape_latex, table.headings)) + " \\\\",
-        "    \\midrule",
-    ]
-    for cells, best in zip(table.cells, table.best, strict=True):
-        texts = [escape_latex(cell) for cell in cells]
-        texts = [f"\\textbf{{{text}}}" if bold else text for text, bold in zip(texts, best, strict=True)]
-        lines.append("    " + " & ".join(texts) + " \\\\")
-    lines += ["    \\bottomrule", "  \\end{tabular}}"]
-    if table.footnotes:
-        notes = " \\\\ ".join(escape_latex(f"[{n}] {text}") for n, text in enumerate(table.footnotes, start=1))
-        lines.append(f"  \\par\\smallskip\\raggedright\\footnotesize {notes}")
-    return "\n".join([*lines, "\\end{table}"]) + "\n"
-
-
-def _legend(table: Display) -> str:
-    return ". Bold: the best for its task, data, head and size." if any(map(any, table.best)) else "."
-
-
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write `<kind>.csv`, `.md` and `.tex` of every kind that has rows into `folder`. Returns the paths."""
     written = []
@@ -383,31 +322,3 @@ def _says_something(column: Column, rows: Sequence[Row]) -> bool:
 
 def _whole(values: Sequence[float | None]) -> bool:
     return all(value is None or float(value).is_integer() for value in values)
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "\\textless{}",
-    ">": "\\textgreater{}",
-    "|": "\\textbar{}",
-    "[": "{[}",  # Behind a line break it would begin an optional argument.
-    "]": "{]}",
-    "±": "$\\pm$",
-    "\u00d7": "$\\times$",
-    "→": "$\\to$",
-    "†": "$\\dagger$",
-    "⚗": " (distilled)",
-}
-
-
-def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it verbatim."""
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
-
-
-def _escape_markdown(text: str) -> str:
-    # An underscore inside a word is text in GitHub's Markdown.
-    return re.sub(r"([\\`*\[\]<>|#~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from results import paper_tables, papers, report, tables
+from results import display, paper_tables, papers, report
 from results.ledger import Ledger
 from results.rebuilt import COMMON, CUT, REPRODUCED, rebuild, reproduced, summarize
 
@@ -229,7 +229,7 @@ def test_a_table_for_people_tells_measured_from_reported(mine, counted):
     assert view.footnotes == ["never used", "twice", "no weights", "them", "follows from the rows"]
     assert [row[at - 1] for row in view.cells][-1] == "-37.5%"
     assert view.cells[0][at + 1 : at + 3] == ["+0.2", REPRODUCED]
-    assert "| Mine-S | mine_s | ImageNet-1K | 224x224 | 20.0 | 20.040 |" in tables.markdown(view)
+    assert "| Mine-S | mine_s | ImageNet-1K | 224x224 | 20.0 | 20.040 |" in display.markdown(view)
 
 
 def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counted, tmp_path):
