@@ -32,9 +32,6 @@ from benchmarks.engine import Context, Outcome, evaluate, seeded, train
 from benchmarks.errors import InputError
 from benchmarks.job import Job, Recipe
 
-# Where a file of finished weights has those to start another training from: averages first.
-WEIGHTS_OF = ("ema.module.", "network.encoder.", "network.")
-
 
 class Mixing(BaseDataPreprocessor):
     """Mixes the images and labels of a training batch on their device, with timm's Mixup.
@@ -210,10 +207,7 @@ def start_from(network: nn.Module, weights: Path) -> str:
     Raises:
         InputError: another part of the network got no weights.
     """
-    state = load_file(weights)
-    prefix = next(prefix for prefix in WEIGHTS_OF if any(name.startswith(prefix) for name in state))
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    report = zoo.load_published(network, state)
+    report = zoo.load_published(network, load_file(weights))
     fresh = (network.pretrained_cfg["classifier"], "fc_norm")
     lacking = [name for name in (*report.missing, *report.mismatched) if not name.startswith(fresh)]
     if lacking:

@@ -93,9 +93,15 @@ class SeveralScales(SegTTAModel):
 
 
 def run_train(job: Job, context: Context) -> Outcome:
-    """Trains the job's segmentor from its newest checkpoint, or from fresh weights."""
+    """Trains the job's segmentor from its newest checkpoint, else from fresh weights.
+
+    Where the model's configuration names a `checkpoint`, the backbone starts from that.
+    """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    return train(job, context, lambda: build_model(job), training_data(job, root), pseudo_collate)
+    outcome = train(job, context, lambda: build_model(job), training_data(job, root), pseudo_collate)
+    if checkpoint := job.model_config.get("checkpoint"):
+        outcome.notes.append(f"the backbone started from {checkpoint}")
+    return outcome
 
 
 def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:

@@ -16,8 +16,8 @@ REPRODUCED, CUT, COMMON = "reproduced", "reproduced (cut, not rounded)", "reprod
 FOLLOWS = "follows from the rows"
 COSTS, SCORES = ("params_m", "gflops"), ("top1", "miou", "miou_ms")
 _METRIC = {"top1": "top1", "miou": "mIoU", "miou_ms": "mIoU_ms"}  # of a record, by column
-# Fields of a configuration that make no other network: its size, its training, and which maps a head reads.
-_NEUTRAL = {"img_size", "strict_img_size", "drop_path_rate", "dense_init"}
+# Fields of a configuration that make no other network: its size, its training, its weights, which maps a head reads.
+_NEUTRAL = {"img_size", "strict_img_size", "drop_path_rate", "dense_init", "checkpoint", "pretrained"}
 _NEUTRAL |= {"out_indices", "feature_location", "published_taps"}
 
 

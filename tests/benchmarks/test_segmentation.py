@@ -15,6 +15,7 @@ from mmengine.registry import init_default_scope
 from safetensors.torch import save_file
 from torch.nn.functional import interpolate, pad
 
+import zoo
 from benchmarks import data, segmentation
 from benchmarks.engine import Context
 from benchmarks.errors import Blocked, InputError
@@ -23,10 +24,11 @@ from benchmarks.measure import measure
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """As in a job; these images are too small for more."""
+def process_of_a_job():
+    """One thread, for small images, and mmengine's registry of mmsegmentation."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    init_default_scope("mmseg")
     yield
     torch.set_num_threads(before)
 
@@ -103,7 +105,6 @@ def mean_iou(predicted: list[np.ndarray], labels: list[np.ndarray], classes: int
 def bold_model(job: Job, seed: int) -> torch.nn.Module:
     """Random weights, large enough that many classes win somewhere."""
     torch.manual_seed(seed)
-    init_default_scope("mmseg")
     model = segmentation.build_model(job).eval()
     torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=3.0)
     for module in model.modules():
@@ -264,3 +265,23 @@ def test_a_damaged_file_blocks_the_job_in_one_line(ade20k, tmp_path):
     path.write_bytes(whole[:200] + bytes([whole[200] ^ 255]) + whole[201:])  # its end looks well
     with pytest.raises(Blocked, match=r"^cannot read the labels .*ADE_train_00000001\.png: "):
         measure(job, Context(tmp_path / "output", ade20k.root))
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_backbone_starts_from_weights_of_imagenet(published, ade20k, tmp_path):
+    """Those of a published file, or those that a classification here kept: the average where there is one."""
+    classifier = zoo.create_model("test_mit", num_classes=10)
+    state = classifier.state_dict()
+    if published:
+        path = tmp_path / "published.pth"
+        torch.save({"model": state}, path)
+    else:
+        path = tmp_path / "weights.safetensors"
+        average = {f"ema.module.{name}": value for name, value in state.items()}
+        save_file({f"network.{name}": torch.zeros_like(value) for name, value in state.items()} | average, path)
+    job = make_job("ade20k", WHOLE, stage="train", depends_on=(), model_config={"checkpoint": str(path)})
+    backbone = segmentation.build_model(job).backbone.network.model.state_dict()
+    assert backbone
+    assert all(torch.equal(value, state[name]) for name, value in backbone.items() if name in state)
+    outcome = measure(job, Context(tmp_path / "output", ade20k.root))
+    assert outcome.notes == [f"the backbone started from {path}"]
