@@ -68,8 +68,8 @@ def _classification(dataset: Dataset, folder: Path, split: str, count: int | Non
         raise _ProblemError(f"{len(empty):,} folders of {place} hold no image: {_first(empty)}")
     images = {f"{name}/{image}": size for name, found in sizes.items() for image, size in found.items()}
     _refuse_wrong_count(place, len(images), count)
-    _refuse_damaged(place, images)
-    return f"{len(images):,}"
+    opened = _refuse_damaged(place, images)
+    return f"{len(images):,}" + (f" ({opened:,} of them opened)" if opened < len(images) else "")
 
 
 def _tars(dataset: Dataset, place: Path, tars: list[Path]) -> str:
@@ -130,8 +130,8 @@ def _refuse_wrong_count(place: Path, found: int, expected: int | None) -> None:
         raise _ProblemError(f"{place} holds {found:,} images, expected are {expected:,}")
 
 
-def _refuse_damaged(place: Path, sizes: Mapping[str, int]) -> None:
-    """Raises for empty files below `place`, and for damaged ones among those that are opened."""
+def _refuse_damaged(place: Path, sizes: Mapping[str, int]) -> int:
+    """Raises for empty files below `place`, and for damaged ones among those that are opened; returns how many are."""
     names = sorted(sizes)
     if empty := [name for name in names if not sizes[name]]:
         raise _ProblemError(f"{len(empty):,} files in {place} are empty: {_first(empty)}")
@@ -142,6 +142,7 @@ def _refuse_damaged(place: Path, sizes: Mapping[str, int]) -> None:
     if damaged := {name: error for name in suspects if (error := _decoding_error(place / name))}:
         why = next(iter(damaged.values()))
         raise _ProblemError(f"{len(damaged):,} files in {place} are damaged: {_first(damaged)} ({why})")
+    return len(chosen)
 
 
 def _ends_well(path: Path) -> bool:
