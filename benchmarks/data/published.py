@@ -111,7 +111,7 @@ def _segmentation(dataset: Dataset, folder: Path, split: str, count: int | None)
         listed = folder / dataset.split_list.format(split=split)
         if not listed.is_file():
             raise _ProblemError(f"expected the file {listed}, which names the images of the split")
-        names = set(listed.read_text().split())
+        names = set(listed.read_text(errors="replace").split())
         if without := sorted(names - images.keys()):
             raise _ProblemError(f"{len(without):,} images of the split are not in {places[0]}: {_first(without)}")
         images, annotations = ({name: found[name] for name in names & found.keys()} for found in (images, annotations))
