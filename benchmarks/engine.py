@@ -35,7 +35,7 @@ from benchmarks.checkpoints import WEIGHTS
 from benchmarks.distributed import wrap
 from benchmarks.draws import loader, seed_generators, training_loader
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from benchmarks.optimizer import build_optimizer
 
 
@@ -168,7 +168,7 @@ def build_runner(
         "runtime_info": {"type": "RuntimeInfoHook"},
         "checkpoint": None,
     }
-    if job.stage == "train":
+    if job.stage in TRAININGS:
         default_hooks["checkpoint"] = {
             "type": "CheckpointHook",
             "interval": recipe.checkpoint_every,
@@ -197,7 +197,7 @@ def build_runner(
 def _curves(job: Job) -> list[dict[str, Any]]:
     """Where the curves of a training go: a JSON file and TensorBoard's; elsewhere only if the recipe says so."""
     backends: list[dict[str, Any]] = [{"type": "LocalVisBackend"}]
-    if job.stage != "train":
+    if job.stage not in TRAININGS:
         return backends
     backends.append({"type": "TensorboardVisBackend"})
     if project := job.recipe.engine.wandb:
@@ -228,7 +228,7 @@ def param_scheduler(job: Job) -> list[dict[str, Any]]:
     warmup, total = recipe.warmup_iterations, recipe.iterations
     decay: dict[str, Any] = {"eta_min": recipe.minimum_learning_rate, "begin": warmup, "end": total, "by_epoch": False}
     if recipe.schedule == "poly":
-        decay |= {"type": "PolyLR", "power": 1.0}
+        decay |= {"type": "PolyLR", "power": recipe.poly_power}
     else:
         decay |= {"type": "CosineAnnealingLR", "T_max": total - warmup}
     if not warmup:
@@ -239,11 +239,13 @@ def param_scheduler(job: Job) -> list[dict[str, Any]]:
 def _optim_wrapper(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """mmengine's optimizer wrapper: accumulation, gradient clipping, and the job's precision."""
     recipe = job.recipe
+    norm, value = recipe.clip_gradient_norm, recipe.clip_gradient_value
+    clip = {"max_norm": norm} if norm is not None else {"type": "value", "clip_value": value}
     wrapper: dict[str, Any] = {
         "type": OptimWrapper,
         "optimizer": optimizer,
         "accumulative_counts": recipe.engine.accumulate,
-        "clip_grad": None if recipe.clip_gradient_norm is None else {"max_norm": recipe.clip_gradient_norm},
+        "clip_grad": None if norm is None and value is None else clip,
     }
     if job.precision == "bfloat16":
         wrapper["type"] = BFloat16OptimWrapper

@@ -101,13 +101,18 @@ def compare(job: Job, root: Path, steps: int) -> dict[str, list[float]]:
     """Seconds of each step of the loops `engine`, `loader` and `memory`; the data are made below `root`."""
     init_default_scope("mmseg")
     segments = job.task == "segmentation"
-    task, collate = (segmentation, pseudo_collate) if segments else (classification, default_collate)
+    collate = pseudo_collate if segments else default_collate
     folder = data.prepare(job.data, root, job.data_options, report=lambda message: None)
-    dataset = task._dataset(job, folder, training=True)
+    if segments:
+        dataset = segmentation.training_data(job, folder)
+    else:
+        dataset = classification.build_dataset(job, folder, training=True)
 
     def build() -> torch.nn.Module:
         torch.manual_seed(job.seed)
-        return segmentation.build_model(job) if segments else classification._classifier(job)
+        if segments:
+            return segmentation.build_model(job)
+        return classification.Classifier(classification.build_model(job), job.recipe)
 
     order = InfiniteSampler(dataset, seed=job.seed)
     loader = DataLoader(dataset, job.recipe.batch_size, sampler=order, collate_fn=collate)

@@ -27,7 +27,7 @@ def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None
     Args:
         job: What to measure.
         context: Where to read and write, and whom to tell.
-        trained: For an evaluation, the artifacts of the training that it depends on.
+        trained: The artifacts of the training that the job depends on, where it depends on one.
 
     Raises:
         Blocked: what the job needs is not there.
@@ -42,19 +42,21 @@ def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None
         if job.recipe.engine.processes > 1 and not torch.distributed.is_initialized():
             return measure_in_processes(job, context, trained or {})
         with deterministic(job):
-            if job.stage == "train":
-                return _task(job).run_train(job, context)
             weights = context.output / (trained or {}).get("weights", "")
-            if not weights.is_file():
-                raise Blocked(f"the training of {job.label} left no weights", looked_in=str(weights))
-            return _task(job).run_evaluate(job, context, weights)
+            if (job.depends_on or job.stage == "evaluate") and not weights.is_file():
+                raise Blocked(f"the training that {job.label} starts from left no weights", looked_in=str(weights))
+            if job.stage == "evaluate":
+                return _task(job).run_evaluate(job, context, weights)
+            return _task(job).run_train(job, context, **({"initial": weights} if job.depends_on else {}))
     finally:
         forget_runners()
 
 
 def _task(job: Job) -> ModuleType:
-    from benchmarks import classification, segmentation
+    from benchmarks import classification, pretraining, segmentation
 
+    if job.stage == "pretrain":
+        return pretraining
     return {"classification": classification, "segmentation": segmentation}[job.task]
 
 

@@ -132,7 +132,7 @@ def _plots(options: argparse.Namespace) -> list[str]:
 
     records, messages = _read(options.output)
     papers = load(options.papers)
-    drawn = plots.draw(records, options.output / "plots", papers)
+    drawn = plots.draw(records, options.output / "plots")
     _say([path for plot in drawn.plots for path in plot.files], options.output)
     return [*messages, *papers.problems, *drawn.notes]
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from .display import Display, latex, markdown
 from .files import write_atomic
 from .papers import Papers
 from .rebuilt import COSTS, REPORTED_ONLY, SCORES, Comparison, Measured, RebuiltRow, RebuiltTable, Summary, summarize
 from .rows import NOT_RUN
-from .tables import Display, latex, markdown
 
 FOLDER = "papers"  # below the tables' folder
 _TITLES = {"params_m": "Params", "gflops": "FLOPs", "top1": "Top-1", "miou": "mIoU", "miou_ms": "mIoU, several scales"}

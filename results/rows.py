@@ -6,6 +6,7 @@ evaluation records of that setting; a cell without a measured value carries a st
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,8 +79,12 @@ class Row:
 
 
 def join(records: Iterable[Record], task: str) -> list[Row]:
-    """The rows of one task, best metric first within each data set, rows without a metric last; no bare backbones."""
-    return _join([record for record in records if record.task == task and record.head != BARE])
+    """The rows of one task, best metric first within each data set, rows without a metric last.
+
+    Without bare backbones and without pretrainings, neither of which ever has a score.
+    """
+    scored = [record for record in records if record.head != BARE and record.stage != "pretrain"]
+    return _join([record for record in scored if record.task == task])
 
 
 def join_cost(records: Iterable[Record]) -> list[Row]:
@@ -106,18 +111,26 @@ def rank_key(cell: Cell, highest_first: bool = False) -> tuple[bool, float]:
     return False, -cell.value if highest_first else cell.value
 
 
-def labels(rows: Sequence[Row]) -> list[str]:
-    """A short name for each row that tells it from the others: the model, and what differs among the rows."""
-    names = [row.model for row in rows]
+def labels(rows: Sequence[Row], size_apart: bool = False) -> list[str]:
+    """A short name for each row that tells it from the others: the model, and what differs among the rows.
+
+    With `size_apart` the size is shown elsewhere: it tells rows apart, and is not part of a name.
+    """
+    sizes = [row.size if size_apart else "" for row in rows]
+    names = list(zip((row.model for row in rows), sizes, strict=True))
     for part in ("head", "size", "precision", "hardware", "config"):
         values = [getattr(row, part) for row in rows]
         if len(set(values)) > 1:
-            repeated = {name for name in names if names.count(name) > 1}
-            names = [f"{n} {v}" if v and n in repeated else n for n, v in zip(names, values, strict=True)]
-    for name in {name for name in names if names.count(name) > 1}:
-        for count, index in enumerate([i for i, other in enumerate(names) if other == name], start=1):
-            names[index] = f"{name} #{count}"
-    return names
+            counts = Counter(names)
+            names = [
+                (f"{n} {v}", s) if v and counts[n, s] > 1 else (n, s) for (n, s), v in zip(names, values, strict=True)
+            ]
+    counts, seen = Counter(names), Counter()
+    for index, name in enumerate(names):
+        if counts[name] > 1:
+            seen[name] += 1
+            names[index] = f"{name[0]} #{seen[name]}", name[1]
+    return [name for name, _ in names]
 
 
 def hardware_label(record: Record) -> str:

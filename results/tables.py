@@ -1,11 +1,11 @@
 """Comparison tables from records alone: CSV for machines, Markdown and LaTeX for papers, rich for the terminal."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .display import Display, latex, markdown
 from .files import write_atomic
 from .record import METRICS, TASKS, Record
 from .rows import INTERVALS, Cell, Row, join, join_cost, labels
@@ -78,20 +78,6 @@ CAPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Display:
-    """A table as a reader sees it: text, and which cells are the best of their column."""
-
-    caption: str
-    headings: list[str]
-    numeric: list[bool]  # by column: whether it holds numbers
-    cells: list[list[str]]
-    values: list[list[float | None]]  # the number behind a cell, None where there is none
-    best: list[list[bool]]
-    measured: list[list[bool]]  # False for a cell that shows a status instead of a number
-    footnotes: list[str]  # footnote n is referred to as [n]
-
-
 def rows_of(records: Sequence[Record], kind: str) -> list[Row]:
     """The joined rows of "classification", "segmentation" or "cost" (both tasks, without metrics)."""
     return join_cost(records) if kind == "cost" else join(records, kind)
@@ -119,10 +105,11 @@ def format_cell(column: Column, cell: Cell, interval: bool = True) -> str:
 
 
 def best_rows(column: Column, rows: Sequence[Row]) -> set[int]:
-    """The rows that hold the best value among rows of the same task and data; none where all are the same."""
+    """The rows with the best value among those of one task, data set, head and size; none where all are the same."""
     best: set[int] = set()
-    for group in {(row.task, row.data) for row in rows}:
-        members = [i for i, row in enumerate(rows) if (row.task, row.data) == group]
+    groups = [(row.task, row.data, row.head, row.input_size) for row in rows]
+    for group in set(groups):
+        members = [i for i, own in enumerate(groups) if own == group]
         values = {i: value for i in members if (value := rows[i].cells[column.name].value) is not None}
         if column.best and len(set(values.values())) > 1:
             winner = (min if column.best == "min" else max)(values.values())
@@ -220,53 +207,6 @@ def display(rows: Sequence[Row], kind: str) -> Display:
     )
 
 
-def markdown(table: Display) -> str:
-    """A GitHub table with its caption and footnotes; the best value of a column is bold."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
-    body = [
-        [f"**{_escape_markdown(c)}**" if b else _escape_markdown(c) for c, b in zip(cells, best, strict=True)]
-        for cells, best in zip(table.cells, table.best, strict=True)
-    ]
-    lines = [_escape_markdown(table.caption) + _legend(table), ""]
-    lines += [line([_escape_markdown(h) for h in table.headings])]
-    lines += [line(["---:" if numeric else "---" for numeric in table.numeric]), *map(line, body)]
-    if table.footnotes:
-        lines += ["", *(f"- \\[{n}\\] {_escape_markdown(text)}" for n, text in enumerate(table.footnotes, start=1))]
-    return "\n".join(lines) + "\n"
-
-
-def latex(table: Display, label: str) -> str:
-    """A `table` environment (needs booktabs and graphicx) with caption and footnotes; the best of a column is bold."""
-    lines = [
-        "% Needs \\usepackage{booktabs} and \\usepackage{graphicx}.",
-        "\\begin{table}",
-        "  \\centering",
-        f"  \\caption{{{escape_latex(table.caption)}{_legend(table)}}}",
-        f"  \\label{{tab:{label}}}",
-        "  \\resizebox{\\linewidth}{!}{%",
-        f"  \\begin{{tabular}}{{{''.join('r' if numeric else 'l' for numeric in table.numeric)}}}",
-        "    \\toprule",
-        "    " + " & ".join(map(escape_latex, table.headings)) + " \\\\",
-        "    \\midrule",
-    ]
-    for cells, best in zip(table.cells, table.best, strict=True):
-        texts = [escape_latex(cell) for cell in cells]
-        texts = [f"\\textbf{{{text}}}" if bold else text for text, bold in zip(texts, best, strict=True)]
-        lines.append("    " + " & ".join(texts) + " \\\\")
-    lines += ["    \\bottomrule", "  \\end{tabular}}"]
-    if table.footnotes:
-        notes = " \\\\ ".join(escape_latex(f"[{n}] {text}") for n, text in enumerate(table.footnotes, start=1))
-        lines.append(f"  \\par\\smallskip\\raggedright\\footnotesize {notes}")
-    return "\n".join([*lines, "\\end{table}"]) + "\n"
-
-
-def _legend(table: Display) -> str:
-    return ". Bold: the best of the column." if any(map(any, table.best)) else "."
-
-
 def write(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write `<kind>.csv`, `.md` and `.tex` of every kind that has rows into `folder`. Returns the paths."""
     written = []
@@ -287,18 +227,24 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def closing_table(records: Sequence[Record]) -> "rich.table.Table":
-    """What a run ends with: every model of every task on one screen, 100 columns wide, best values marked."""
+    """What a run ends with: every model of every task on one screen, 100 columns wide, best values marked.
+
+    Without any training there are no columns of scores, and backbones without a head are rows as well.
+    """
     params, macs, _ = _COST
     latency, _, memory = _SPEED
-    rows = {task: join(records, task) for task in TASKS}
-    headings = ["Params\nM", "MACs\nG", "Latency\nms", "Memory\nMB", "Score\n%", "Trivial\n%"]
+    trained = any(record.stage in ("train", "evaluate") for record in records)
+    shown = [row for task in TASKS for row in join(records, task)] if trained else join_cost(records)
+    rows = {task: [row for row in shown if row.task == task] for task in TASKS}
+    headings = ["Params\nM", "MACs\nG", "Latency\nms", "Memory\nMB", *(["Score\n%", "Trivial\n%"] if trained else [])]
     table = _terminal_table("Results", headings, [*rows["classification"], *rows["segmentation"]])
     footnotes: dict[str, None] = {}
     for task, (score, *_, trivial) in _SCORES.items():
         for data in dict.fromkeys(row.data for row in rows[task]):
             group = [row for row in rows[task] if row.data == data]
-            subtitle = f"{task.capitalize()} ({score.title})" + (f"\n{data}" if data else "")
-            _add_section(table, subtitle, group, (params, macs, latency, memory, score, trivial), footnotes)
+            subtitle = task.capitalize() + (f" ({score.title})" if trained else "") + (f"\n{data}" if data else "")
+            columns = (params, macs, latency, memory, *((score, trivial) if trained else ()))
+            _add_section(table, subtitle, group, columns, footnotes)
     _add_footnotes(table, footnotes)
     return table
 
@@ -342,7 +288,7 @@ def _add_section(
     table.add_row(Text(title, style="bold"))
     sized = len(table.columns) > len(columns) + 1
     winners = {column.name: best_rows(column, rows) for column in columns}
-    for index, (row, label) in enumerate(zip(rows, labels(rows), strict=True)):
+    for index, (row, label) in enumerate(zip(rows, labels(rows, size_apart=sized), strict=True)):
         cells = [Text(label), Text(row.size)] if sized else [Text(label)]
         for column in columns:
             cell = row.cells[column.name]
@@ -376,31 +322,3 @@ def _says_something(column: Column, rows: Sequence[Row]) -> bool:
 
 def _whole(values: Sequence[float | None]) -> bool:
     return all(value is None or float(value).is_integer() for value in values)
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "\\textless{}",
-    ">": "\\textgreater{}",
-    "|": "\\textbar{}",
-    "[": "{[}",  # Behind a line break it would begin an optional argument.
-    "]": "{]}",
-    "±": "$\\pm$",
-    "\u00d7": "$\\times$",
-    "→": "$\\to$",
-    "†": "$\\dagger$",
-    "⚗": " (distilled)",
-}
-
-
-def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it verbatim."""
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
-
-
-def _escape_markdown(text: str) -> str:
-    # An underscore inside a word is text in GitHub's Markdown.
-    return re.sub(r"([\\`*\[\]<>|#~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from results.files import write_atomic
 from results.ledger import Ledger
 from results.record import Record
@@ -107,7 +107,7 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
 
 def weights_are_there(record: Record, output: Path) -> bool:
     """Whether a finished training still has the file that its record speaks of; true for all other jobs."""
-    if record.stage != "train":
+    if record.stage not in TRAININGS:
         return True
     path = output / record.artifacts["weights"]
     if not path.is_file():
@@ -144,7 +144,9 @@ def explain(error: BaseException, job: Job | None = None) -> str:
     if _out_of_memory(error):
         asked = re.search(r"tried to allocate (\d[\d.]* ?\w+)", text, re.IGNORECASE)
         what = f"{asked[1]} could not be had" if asked else text[:200]
-        less = "raise recipe.engine.accumulate" if job is not None and job.stage == "train" else "lower the batch size"
+        less = (
+            "raise recipe.engine.accumulate" if job is not None and job.stage in TRAININGS else "lower the batch size"
+        )
         size = f" for {_size(job)}" if job is not None else ""
         return f"out of memory{size}: {what}; {less}, lower the input size, or free memory"
     if isinstance(error, Blocked | InputError | FloatingPointError):
@@ -164,7 +166,7 @@ def _images(job: Job) -> int:
     """How many images a forward of the job takes at once."""
     if job.stage == "speed":
         return job.speed.batch_size
-    if job.stage == "train":
+    if job.stage in TRAININGS:
         return job.recipe.batch_size // (job.recipe.engine.processes * job.recipe.engine.accumulate)
     return 1 if job.stage == "cost" or job.task == "segmentation" else job.recipe.batch_size
 

@@ -1,13 +1,21 @@
-"""Two ways to run jobs behind one call: in this process, or as Ray tasks."""
+"""Ways to run jobs behind one call: in this process, in a few more of this machine, or as Ray tasks."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from benchmarks.errors import InputError
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from results.record import Record
 from runners.config import Cluster
 from runners.execute import Workplace, make_record, run_job
@@ -26,6 +34,8 @@ def workers(free_gib: float) -> int:
 
 class Executor(Protocol):
     """Runs jobs, those that others depend on first, and calls `done` with each record as it comes."""
+
+    slots: int  # jobs side by side
 
     def run(self, jobs: Sequence[Job], done: Done) -> None: ...
 
@@ -60,6 +70,8 @@ class Queue:
 class Inline:
     """One job after the other in this process. Never imports ray: for debugging and small machines."""
 
+    slots = 1
+
     def __init__(self, workplace: Workplace, finished: Mapping[str, Record]):
         self.workplace = workplace
         self.finished = finished
@@ -78,6 +90,64 @@ class Inline:
             record, messages = run_job(job, self.workplace)
             queue.records[job.key] = record
             done(record, messages)
+
+
+class Processes:
+    """Jobs that need a CPU core for a second and depend on none (counting, above all), in processes of this machine.
+
+    They start in the time that the libraries take to load, once for all of them. Should one be killed, the jobs that
+    are left run in this process.
+    """
+
+    def __init__(self, workplace: Workplace, count: int):
+        self.workplace = workplace
+        self.slots = count
+        # A process that the workers are forks of begins to load now; a fork of this one would have its threads' locks.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["benchmarks.measure", "benchmarks.classification", "benchmarks.segmentation"]
+        )
+        with _silent():  # some libraries complain while they load
+            forkserver.ensure_running()
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        pool = ProcessPoolExecutor(self.slots, mp_context=self._context, initializer=_start_worker)
+        left = {job.key: job for job in jobs}
+        try:
+            for future in as_completed([pool.submit(run_job, job, self.workplace) for job in jobs]):
+                record, messages = future.result()
+                del left[record.key]
+                done(record, messages)
+        except BrokenProcessPool:
+            Inline(self.workplace, {}).run(list(left.values()), done)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What is started inside prints nothing: its standard output and error go nowhere."""
+    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream, _ in kept:
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, copy in kept:
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)
+
+
+def _start_worker() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends the pool
+    parent = multiprocessing.parent_process()
+    # A worker whose parent was killed would wait for its next job for ever.
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 class Ray:
@@ -129,7 +199,7 @@ class Ray:
                     del queue.waiting[job.key]
                     cpus = widest if needs[job.key]["alone"] else min(needs[job.key]["cpus"], widest)
                     options = {"num_cpus": cpus, "max_retries": RETRIES, "retry_exceptions": False, "name": job.title}
-                    if job.stage in ("train", "evaluate"):
+                    if job.stage in (*TRAININGS, "evaluate"):
                         options["num_gpus"] = any_gpu * job.recipe.engine.processes
                     running[task.options(**options).remote(job, self.workplace)] = job
                 if not running:

@@ -13,17 +13,19 @@ from rich.table import Table
 
 from benchmarks import data
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Job, scheduling
+from benchmarks.job import TRAININGS, Job, scheduling
 from results.ledger import Ledger
 from results.record import Record
 from results.rows import METRIC
 from runners.config import Config
 from runners.config import Executor as ExecutorName
 from runners.execute import Workplace, make_record, weights_are_there
+from runners.executors import Executor, Inline, Processes, Ray, workers
 from runners.machine import free_gib
 from runners.plan import check_models, make_jobs, stages_of
 
 COMPLETE, INCOMPLETE = 0, 2
+LEAST_COUNTS = 15  # jobs that are worth the start of another process
 LEAST_GIB = 1.0  # a process with torch and its libraries, and nothing in it yet
 
 
@@ -63,16 +65,17 @@ class Session:
             f"{escape(str(self.workplace.ledger))} already.",
             soft_wrap=True,
         )
-        if missing:
-            check_models(missing)
         if self.config.plan:
+            check_models(missing)
             self._print_plan()
             return COMPLETE
         if missing:
             free = free_gib()
             if free < LEAST_GIB:
                 raise InputError(f"only {free:.1f} GiB of memory are free; close other programs (a job needs 1.5 GiB)")
-            self._run(missing, free)
+            counter = self._counter(missing, free)
+            check_models(missing)
+            self._run(missing, counter, free)
         if "report" in stages:
             self._report()
         return self._close(computed=len(missing))
@@ -85,16 +88,20 @@ class Session:
     def _say(self, message: str) -> None:
         self.console.print(f"[dim]{escape(message)}[/dim]", soft_wrap=True)
 
-    def _run(self, missing: list[Job], free: float) -> None:
+    def _counter(self, missing: list[Job], free: float) -> Executor:
+        """What does the counting. It needs no device and less time than the start of a Ray worker: this machine."""
+        count = min(workers(free), sum(job.stage == "cost" for job in missing) // LEAST_COUNTS)
+        if count < 2 or self.config.executor is ExecutorName.inline:
+            return Inline(self.workplace, self.records)
+        return Processes(self.workplace, count)
+
+    def _run(self, missing: list[Job], counter: Executor, free: float) -> None:
         from results.tables import cost_table
-        from runners.executors import Inline, Ray
 
         cost = [job for job in missing if job.stage == "cost"]
         rest = [job for job in missing if job.stage != "cost"]
         self.workplace.output.mkdir(parents=True, exist_ok=True)
-        # Counting needs no device and less time than a worker's start: it is done here, and first, whatever the
-        # executor, so that the plan below knows what each job will take.
-        self._execute(Inline(self.workplace, self.records), cost)
+        self._execute(counter, cost)  # first, so that the plan below knows what each job will take
         counted = [record for record in self.records.values() if record.stage == "cost" and record.status == "done"]
         if counted:
             self.console.print(cost_table(counted))
@@ -106,14 +113,13 @@ class Session:
         else:
             self._execute(Ray(self.workplace, self.records, self.config.cluster, self._needs, free), rest)
 
-    def _execute(self, executor: object, jobs: list[Job]) -> None:
-        from runners.executors import Ray
+    def _execute(self, executor: Executor, jobs: list[Job]) -> None:
         from runners.view import View
 
         if not jobs:
             return
         seconds = {job.key: self._needs(job)["seconds"] for job in jobs}
-        slots = executor.slots if isinstance(executor, Ray) else 1
+        slots = executor.slots
         progress = self.workplace.output / "progress"
         for job in jobs:  # what a killed run left; a living one writes its files again within a second
             (progress / f"{job.key}.json").unlink(missing_ok=True)
@@ -145,7 +151,7 @@ class Session:
         ledger = Ledger(self.workplace.ledger, self._tell)
         possible, ready = [], {}
         for job in jobs:
-            wanted = (job.data, str(sorted(job.data_options.items()))) if job.stage == "train" else None
+            wanted = (job.data, str(sorted(job.data_options.items()))) if job.stage in TRAININGS else None
             if wanted is not None and wanted not in ready:
                 try:
                     data.prepare(job.data, self.workplace.data_root, job.data_options, self._say)
@@ -166,15 +172,16 @@ class Session:
         return possible
 
     def _without_weights(self) -> list[Job]:
-        """Finished trainings whose weights are gone or damaged, though an evaluation still needs them."""
-        needed = {job.depends_on[0] for job in self.jobs if job.stage == "evaluate" and job.key not in self.records}
+        """Finished trainings whose weights are gone or damaged, though another job still needs them."""
+        needed = {key for job in self.jobs if job.key not in self.records for key in job.depends_on}
         lost = []
-        for job in self.jobs:
+        for job in reversed(self.jobs):  # what depends on others comes after them
             record = self.records.get(job.key) if job.key in needed else None
             if record is not None and not weights_are_there(record, self.workplace.output):
                 path = self.workplace.output / record.artifacts["weights"]
                 self._tell(f"the weights {path} are missing or damaged: {job.label} is trained again")
                 lost.append(job)
+                needed |= set(job.depends_on)
         return lost
 
     def _print_plan(self) -> None:
@@ -274,7 +281,7 @@ def _line(record: Record) -> str:
     metrics = record.metrics
     if record.stage == "speed":
         return f"{name}: {metrics['latency_ms']:.1f} ms"
-    if record.stage == "train":
+    if record.stage in TRAININGS:
         return f"{name}: loss {metrics['final_loss']:.3f}"
     metric = METRIC[record.task]
     return f"{name}: {metric} {metrics[metric]:.1f} % (trivial baseline {metrics[f'baseline_{metric}']:.1f} %)"

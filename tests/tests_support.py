@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from runners.config import Config, register
+from runners.run import CONF
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The demo suite with models, data and trainings of seconds; everything else as it is.
@@ -62,3 +68,10 @@ class CommandLine:
         if status is not None:
             assert process.returncode == status, f"exit status {process.returncode}\n{printed}"
         return printed
+
+
+def configuration(*overrides: str) -> Config:
+    """What the command line would run with these overrides."""
+    register()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return OmegaConf.to_object(compose("config", list(overrides)))

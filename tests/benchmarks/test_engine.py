@@ -195,7 +195,9 @@ def test_options_reach_the_network(monkeypatch):
     monkeypatch.setattr(zoo.hivit.HiViT, "compile", lambda self: asked.append("compile"))
     options = Engine(gradient_checkpointing=True, compile=True, channels_last=True)
     asked_for = with_engine(job("classification"), options)
-    model = engine._with_options(asked_for, classification._classifier(asked_for))
+    model = engine._with_options(
+        asked_for, classification.Classifier(classification.build_model(asked_for), asked_for.recipe)
+    )
     assert asked == ["checkpointing", "compile"]
     assert model.network.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
 

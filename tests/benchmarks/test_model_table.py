@@ -1,5 +1,6 @@
 """The tables of zoo/README.md are current, whole and have their sources."""
 
+import csv
 import re
 from itertools import zip_longest
 
@@ -102,3 +103,15 @@ def test_check_writes_nothing_and_the_command_writes(tmp_path, monkeypatch, caps
     readme.unlink()
     assert model_table.main([]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_accuracy_is_one_that_the_rows_of_the_papers_have():
+    """Two files tell what is published, for two kinds of readers: they must tell the same."""
+    printed: dict[tuple[str, str, str], set[float]] = {}
+    for path in (model_table.README.parent.parent / "results" / "papers").glob("h*.csv"):
+        for row in csv.DictReader(path.open()):
+            values = {float(row[column]) for column in ("top1", "miou", "miou_ms") if row[column]}
+            printed.setdefault((row["paper"], row["table"].lstrip("S"), row["model"]), set()).update(values)
+    for entry in model_table.accuracies():
+        paper, table = re.match(r"(\S+) Table (\w+)", entry["source"]).groups()
+        assert float(entry["value"]) in printed[paper.lower().replace("-", "_"), table, entry["model"]], entry

@@ -117,7 +117,7 @@ b,7,1,Mine-S,mine_s,,,ImageNet-1K,1000,224x224,80.1,,own
 b,7,2,Mine-S wide,mine_s,"{""width"": 3}",,ImageNet-1K,1000,224x224,81.5,,own
 b,8,1,Mine-S,mine_s,,segformer,ADE20K,150,512x512,,44.4,own
 """
-IMAGENET, ADE20K = {"model": "mine_s", "data": "imagenet1k"}, {"model": "mine_s", "data": "ade20k"}
+IMAGENET, ADE20K = {"model": "mine_s", "num_classes": 1000}, {"model": "mine_s", "num_classes": 150}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,8 @@ IMAGENET, ADE20K = {"model": "mine_s", "data": "imagenet1k"}, {"model": "mine_s"
             81.5,
             "b, Table 7: Mine-S wide, ImageNet-1K",
         ),
-        ("classification", {"job": IMAGENET | {"data": "digit_scenes_classification"}}, None, ""),
+        ("classification", {"job": IMAGENET | {"num_classes": 10}}, None, ""),
+        ("classification", {"job": {"model": "mine_s"}}, None, ""),
         ("classification", {"job": IMAGENET, "input_size": [96, 96]}, None, ""),
         ("segmentation", {"job": ADE20K, "input_size": [512, 512]}, 44.4, "b, Table 8: Mine-S, ADE20K"),
         ("segmentation", {"job": ADE20K, "input_size": [512, 512], "head": "upernet"}, None, ""),
@@ -144,6 +145,16 @@ def test_reported_accuracies(record, tmp_path, task, changes, value, source):
     (line,) = leaderboard.leaderboard([counted], task, papers.load(folder=tmp_path))
     assert (line["reported_value"], line["reported_in"]) == (value, source)
     assert (line["value"], line["status"]) == (None, "not run")  # what is reported is never what was measured
+
+
+def test_a_trained_row_is_compared_on_its_own_data(record, tmp_path):
+    (tmp_path / "mine.csv").write_text(MINE)
+    for data, value in (("imagenet1k@1", 80.1), ("tiny@1", None)):
+        trained = record(
+            "evaluate", model="mine", data=data, input_size=[224, 224], job=IMAGENET, metrics={"top1": 9.0}
+        )
+        (line,) = leaderboard.leaderboard([trained], "classification", papers.load(folder=tmp_path))
+        assert (line["value"], line["reported_value"]) == (9.0, value)
 
 
 def test_backbones_without_a_head_are_in_the_cost_leaderboard_alone(record):

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from results import paper_tables, papers, report, tables
+from results import display, paper_tables, papers, report
 from results.ledger import Ledger
 from results.rebuilt import COMMON, CUT, REPRODUCED, rebuild, reproduced, summarize
 
@@ -229,7 +229,7 @@ def test_a_table_for_people_tells_measured_from_reported(mine, counted):
     assert view.footnotes == ["never used", "twice", "no weights", "them", "follows from the rows"]
     assert [row[at - 1] for row in view.cells][-1] == "-37.5%"
     assert view.cells[0][at + 1 : at + 3] == ["+0.2", REPRODUCED]
-    assert "| Mine-S | mine_s | ImageNet-1K | 224x224 | 20.0 | 20.040 |" in tables.markdown(view)
+    assert "| Mine-S | mine_s | ImageNet-1K | 224x224 | 20.0 | 20.040 |" in display.markdown(view)
 
 
 def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counted, tmp_path):
@@ -251,3 +251,27 @@ def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counte
     assert report.build(output, title="A", papers=[good, bad]).rebuilt
     assert "tables/papers" not in report.build(output, title="A").report.read_text()
     assert not (output / "tables/papers/mine_table_1.md").exists()
+
+
+def test_scores_of_several_scales_have_a_column_of_their_own(record):
+    """HRFormer's Table 12 prints both kinds for one network, its Table 5 several scales alone."""
+
+    def evaluated(iterations, **metrics):
+        job = {"model": "hrformer_base", "model_config": {"window_size": 15}, "recipe": {"iterations": iterations}}
+        key = f"evaluation-{iterations}"
+        common = {"head": "ocr", "data": "pascal_context_59@2010", "input_size": [520, 520], "job": job, "key": key}
+        return record("evaluate", "segmentation", "hrformer_base", metrics=metrics, **common)
+
+    both, one = evaluated(60_000, mIoU=56.0, mIoU_ms=57.25), evaluated(80_000, mIoU=57.0)
+    found = rebuilt(papers.load(), [both, one])
+    row = found["hrformer", "12"][5]
+    assert (row.cells["miou"].printed, row.cells["miou_ms"].printed) == ("57.5", "58.5")
+    assert (row.cells["miou"].measured.value, row.cells["miou"].measured.key) == (57.0, one.key)
+    assert row.cells["miou"].measured.reason == "the best of 2 recipes"
+    several = row.cells["miou_ms"].measured
+    assert (several.status, several.value, several.key, several.reason) == ("run here", 57.25, both.key, "")
+    assert found["hrformer", "5"][20].cells["miou_ms"].measured.value == 57.25
+    alone = rebuilt(papers.load(), [one])["hrformer", "12"][5].cells
+    assert alone["miou"].measured.value == 57.0
+    assert alone["miou_ms"].measured.value is None
+    assert "mIoU_ms was not measured" in alone["miou_ms"].measured.reason

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from results import tables
+from results import display, tables
 from results.rows import NOT_RUN, hardware_label, join, join_cost, labels
 
 
@@ -194,19 +194,19 @@ def test_best_is_marked_once_per_group(suite):
     rows = tables.rows_of(records, "classification")
     params = next(column for column in tables.COLUMNS["cost"] if column.name == "params")
     assert {rows[i].model for i in tables.best_rows(params, rows)} == {"mit_b0"}
-    assert "**3.70**" in tables.markdown(tables.display(rows, "classification"))
+    assert "**3.70**" in display.markdown(tables.display(rows, "classification"))
     assert tables.best_rows(params, rows[:1]) == set()
 
 
 def test_names_are_escaped(record):
     made = record("cost", key="k", model=r"a|b_c&d%e#f${g}\h^i~j*k*[l](m)<n>", family="_F_", metrics={"params": 1e6})
     table = tables.display(tables.rows_of([made], "cost"), "cost")
-    text = tables.markdown(table)
+    text = display.markdown(table)
     assert r"a\|b_c&d%e\#f${g}\\h^i\~j\*k\*\[l\](m)\<n\>" in text
     assert r"\_F\_" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
-    latex = tables.latex(table, "cost")
+    latex = display.latex(table, "cost")
     assert r"a\textbar{}b\_c\&d\%e\#f\$\{g\}\textbackslash{}h\textasciicircum{}i\textasciitilde{}j*k*{[}l{]}" in latex
     assert latex.count("{") == latex.count("}")
     assert "[l](m)<n>" in as_text(tables.cost_table([made]))

@@ -1,14 +1,17 @@
-"""The two executors: dependencies, hopeless jobs, dead workers, errors that cross from a worker."""
+"""The executors: dependencies, hopeless jobs, dead workers, errors that cross from a worker."""
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 
+import psutil
 import pytest
 
 from benchmarks.job import Job, Recipe, SpeedSettings
 from results.ledger import Ledger
+from results.record import Record
 from runners import executors
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
@@ -81,6 +84,46 @@ def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
         ray(workplace).run([job()], lambda record, messages: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
     assert type(error.value) is OSError
+
+
+def counts(sizes) -> list[Job]:
+    return [job("cost", input_size=(size, size)) for size in sizes]
+
+
+def test_counting_in_processes_gives_the_same_and_survives_the_death_of_one(tmp_path):
+    jobs = counts(range(32, 128, 4))
+    places = {name: Workplace(tmp_path / name, tmp_path, "test") for name in ("one", "several")}
+    found: dict[str, list[Record]] = {name: [] for name in places}
+    executors.Inline(places["one"], {}).run(jobs, lambda record, messages: found["one"].append(record))
+
+    def kill_a_worker(record, messages):
+        if not found["several"]:
+            workers = [p for p in psutil.Process().children(recursive=True) if p.ppid() != os.getpid()]
+            workers[-1].kill()
+        found["several"].append(record)
+
+    executors.Processes(places["several"], 2).run(jobs, kill_a_worker)
+    several = {record.key: record.metrics for record in found["several"]}
+    assert len(found["several"]) == len(jobs)
+    assert several == {record.key: record.metrics for record in found["one"]}
+    assert {r.key for r in Ledger(places["several"].ledger).records()} == several.keys()
+
+
+def test_no_worker_outlives_a_killed_run(command_line):
+    """A pool's workers would wait for their next job for ever."""
+    run = command_line.start("suite=resolution_scaling", "stages=[cost]", miniature=False)
+    started = psutil.Process(run.pid)
+    deadline = time.monotonic() + 120
+    while not list(command_line.output.glob("ledger/*.json")):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = started.children(recursive=True)
+    assert len(workers) > 2
+    run.kill()
+    run.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
 
 
 @pytest.mark.parametrize(
