@@ -289,7 +289,7 @@ def test_pretraining_fine_tuning_and_probing_are_dependent_jobs(data_root, tmp_p
     # Neither row shows a pretraining as a model, and each says where its weights come from.
     rows = {row.model: row for row in join(Ledger(workplace.ledger).records(), "classification")}
     assert set(rows) == {"tuned", "probed"}
-    assert rows["tuned"].notes == ["started from the weights of test_hivit_mae (pretrain)"]
+    assert rows["tuned"].notes == ["started from the weights of the pretraining test_hivit_mae"]
     assert rows["probed"].notes == [*rows["tuned"].notes, "linear probe: the classifier alone was trained"]
     # Another pretraining makes other jobs of all that start from it.
     longer = dataclasses.replace(MAE, iterations=9)
