@@ -291,6 +291,12 @@ def test_pretraining_fine_tuning_and_probing_are_dependent_jobs(data_root, tmp_p
     assert set(rows) == {"tuned", "probed"}
     assert rows["tuned"].notes == ["started from the weights of the pretraining test_hivit_mae"]
     assert rows["probed"].notes == [*rows["tuned"].notes, "linear probe: the classifier alone was trained"]
+    # A model alone brings what it starts from, and a pretraining may be made alone.
+    config = suite()
+    config.models, config.stages = ["probed"], ["train"]
+    assert make_jobs(config) == [pretraining, probing]
+    config.models, config.stages = None, ["pretrain"]
+    assert make_jobs(config) == [pretraining]
     # Another pretraining makes other jobs of all that start from it.
     longer = dataclasses.replace(MAE, iterations=9)
     others = make_jobs(suite(recipes={"mae": longer, "tuning": TUNING, "probing": PROBING}))
@@ -330,7 +336,15 @@ def test_the_weights_of_a_smaller_network_are_refused(tmp_path):
         ({"recipes": {"mae": MAE, "tuning": Recipe(learning_rate=0)}}, "recipes.tuning.learning_rate is 0"),
         (
             {"task": "segmentation", "head": "segformer", "data": "digit_scenes_segmentation"},
-            "only classifications can set initialize_from",
+            "only classifications can have initialize_from and pretraining",
+        ),
+        ({"pretraining": {"a": ModelEntry(input_size=[8, 64])}}, "at least 32 pixels"),
+        (
+            {
+                **{"task": "segmentation", "head": "segformer", "data": "digit_scenes_segmentation"},
+                **{"models": {"a": ModelEntry()}, "pretraining": {}, "recipes": {}, "recipe": Recipe(mixup=MIXUP)},
+            },
+            "recipe.mixup is for classifications only",
         ),
     ],
 )
