@@ -178,7 +178,8 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
     outcome = train(job, context, build, dataset, default_collate, hooks)
     if initial is not None:
         outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": loaded[0]}
-        outcome.notes.append(f"started from the weights of {job.starts_from['label']} ({job.starts_from['stage']})")
+        what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]
+        outcome.notes.append(f"started from the weights of the {what} {job.starts_from['label']}")
     if job.recipe.linear_probe:
         outcome.notes.append("linear probe: the classifier alone was trained")
     return outcome

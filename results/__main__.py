@@ -114,13 +114,14 @@ def _collect(options: argparse.Namespace) -> list[str]:
 
 
 def _tables(options: argparse.Namespace) -> list[str]:
-    from . import leaderboard, paper_tables, tables
+    from . import growth, leaderboard, paper_tables, tables
     from .papers import load
     from .rebuilt import rebuild
 
     records, messages = _read(options.output)
     papers = load(options.papers)
     written = [*leaderboard.write(records, options.output, papers), *tables.write(records, options.output / "tables")]
+    written += growth.write(records, options.output / "tables")
     written += paper_tables.write(rebuild(papers, records), papers, options.output / "tables").files
     _say(written, options.output)
     return [*messages, *papers.problems]
@@ -129,10 +130,11 @@ def _tables(options: argparse.Namespace) -> list[str]:
 def _plots(options: argparse.Namespace) -> list[str]:
     from . import plots
     from .papers import load
+    from .rebuilt import rebuild
 
     records, messages = _read(options.output)
     papers = load(options.papers)
-    drawn = plots.draw(records, options.output / "plots")
+    drawn = plots.draw(records, options.output / "plots", rebuild(papers, records))
     _say([path for plot in drawn.plots for path in plot.files], options.output)
     return [*messages, *papers.problems, *drawn.notes]
 

@@ -21,6 +21,7 @@ RINGS = (
 GRID = (48, 64)  # columns and rows of the search over the whole plot, when no place near the point is free
 PADDING = 1.5  # points between a label and anything else
 CROWD = 14  # labels
+COLUMN_GAP, COLUMN_ROOM = 10.0, 0.62  # before a column of names behind lines: points; its width: part of the axes'
 LEADER = 9.0  # points from which on a line ties the label to its point
 
 
@@ -80,6 +81,77 @@ def place(
             break
     annotations = [_annotate(axes, labels[i], points[i], placed[i], size, half, scale) for i in sorted(placed)]
     return annotations, [labels[i].text for i in range(len(labels)) if i not in placed]
+
+
+def place_ends(axes: "Axes", labels: Sequence[Label], *, sizes: Sequence[float] = (8.0, 7.0, 6.0)) -> list[str]:
+    """Write the names of lines in one column behind their last points (x, y), in the order of their heights.
+
+    The horizontal axis grows to the right until the column has its place; the layout must be final. Axes that share it
+    are all given to `widen` before. Returns the texts that found no place at the smallest of `sizes` (points).
+    """
+    if not labels:
+        return []
+    widen(axes, labels, sizes=sizes)
+    size, height, fitting, _ = _column(axes, labels, sizes)
+    scale = axes.figure.dpi / 72  # pixels per point
+    box = axes.get_window_extent()
+    ranked = sorted(labels, key=lambda label: (label.rank, -label.y))
+    shown = sorted(ranked[:fitting], key=lambda label: label.y)
+    ends = axes.transData.transform([(label.x, label.y) for label in shown])
+    heights = _spread(ends[:, 1], height, box.y0 + height / 2, box.y1 - height / 2)
+    start = ends[:, 0].max() + COLUMN_GAP * scale
+    for label, end, y in zip(shown, ends, heights, strict=True):
+        leader = {"arrowstyle": "-", "color": label.colour, "alpha": 0.5, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+        axes.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=((start - end[0]) / scale, (y - end[1]) / scale),
+            textcoords="offset points",
+            fontsize=size,
+            color=label.colour,
+            va="center",
+            ha="left",
+            arrowprops=leader | {"relpos": (0, 0.5)},
+            zorder=4,
+        )
+    return [label.text for label in ranked[fitting:]]
+
+
+def widen(axes: "Axes", labels: Sequence[Label], *, sizes: Sequence[float]) -> None:
+    """Move the right limit of the axes, if need be, so that the names of lines have room behind them."""
+    *_, column = _column(axes, labels, sizes)
+    transform = axes.xaxis.get_transform()
+    left, right, end = transform.transform([*axes.get_xlim(), max(label.x for label in labels)])
+    width = axes.get_window_extent().width
+    right = max(right, left + (end - left) * width / (width - column))
+    axes.set_xlim(right=float(transform.inverted().transform([right])[0]))
+
+
+def _column(axes: "Axes", labels: Sequence[Label], sizes: Sequence[float]) -> tuple[float, float, int, float]:
+    """The largest size with which a column holds all labels (else the last), a line's height, how many, its width."""
+    scale = axes.figure.dpi / 72
+    box = axes.get_window_extent()
+    for size in sizes:
+        extents = _extents(axes, labels, size)
+        height = extents[:, 1].max() + PADDING / 2 * scale
+        fitting = int(box.height // height)
+        column = extents[:, 0].max() + 2 * COLUMN_GAP * scale
+        if fitting >= len(labels) and column <= COLUMN_ROOM * box.width:
+            break
+    return size, height, fitting, min(column, COLUMN_ROOM * box.width)
+
+
+def _spread(wanted: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Increasing heights at least `gap` apart, as near to the wanted (increasing) ones as least squares allow."""
+    steps = gap * np.arange(len(wanted))
+    blocks: list[list[float]] = []  # pooled neighbours that would come too near: sum and count
+    for value in wanted - steps:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    levels = np.concatenate([np.full(count, total / count) for total, count in blocks])
+    return np.clip(levels, low, high - steps[-1]) + steps
 
 
 def _extents(axes: "Axes", labels: Sequence[Label], size: float) -> np.ndarray:

@@ -1,9 +1,7 @@
 """The report of a suite: leaderboards, tables, plots and one static page, made from the ledger alone."""
 
-import base64
 import hashlib
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,15 +11,13 @@ from filelock import FileLock
 
 from .files import write_atomic
 from .ledger import Ledger
-from .origin import origin
 from .papers import Papers
 from .papers import load as load_papers
 from .rebuilt import rebuild
-from .record import SCHEMA_VERSION, STAGES, STATUSES, TASKS, Record
+from .record import STATUSES, Record
 
 STAMP = ".report.json"
 LOCK_SECONDS = 300.0
-LONGEST = 40  # entries of one mapping in the details of a record
 
 
 @dataclass(frozen=True)
@@ -89,103 +85,29 @@ def build(
 def _write(
     output: Path, records: Sequence[Record], printed: Papers, content: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
-    from . import leaderboard, paper_tables, plots, tables  # pandas and matplotlib: not before they are needed
+    from . import (  # pandas, matplotlib: not before they are needed
+        growth,
+        leaderboard,
+        page,
+        paper_tables,
+        plots,
+        tables,
+    )
 
     files = [*leaderboard.write(records, output, printed), *tables.write(records, output / "tables")]
-    drawn = plots.draw(records, output / "plots")
+    files += growth.write(records, output / "tables")
+    rebuilt = rebuild(printed, records)
+    drawn = plots.draw(records, output / "plots", rebuilt)
+    written = paper_tables.write(rebuilt, printed, output / "tables")
+    parts = {"drawn": drawn, "rebuilt": rebuilt, "written": written, "files": files, "output": output}
+    write_atomic(output / "report.html", page.render(records, **parts, **content))
     files += [path for plot in drawn.plots for path in plot.files]
-    rebuilt = paper_tables.write(rebuild(printed, records), printed, output / "tables")
-    write_atomic(output / "report.html", _page(records, drawn, rebuilt, content, files, output))
-    files += rebuilt.files
-    files.append(output / "report.html")
+    files += [*written.files, output / "report.html"]
     names = {path.relative_to(output).as_posix(): _digest(path.read_bytes()) for path in files}
     for name in last.get("files", {}):
         if name not in names:  # A file of an earlier report that is no longer true, e.g. the plot of a removed task.
             (output / name).unlink(missing_ok=True)
     return {"files": names, "notes": drawn.notes}
-
-
-def _page(
-    records: Sequence[Record], drawn: Any, rebuilt: Any, content: dict[str, Any], files: Sequence[Path], output: Path
-) -> str:
-    import jinja2
-
-    from . import tables
-
-    sections = []
-    for kind in tables.KINDS:
-        if rows := tables.rows_of(records, kind):
-            figures = [
-                {"alt": plot.alt, "title": plot.title, "svg": _inline(plot.path.with_suffix(".svg"))}
-                for plot in drawn.plots
-                if plot.name.startswith(kind)
-            ]
-            own = [path for path in files if path.stem.removeprefix("leaderboard_").startswith(kind)]
-            links = [path.relative_to(output).as_posix() for path in own if path.suffix != ".svg"]
-            sections.append({"id": kind, "table": tables.display(rows, kind), "plots": figures, "links": links})
-    for name, table in rebuilt.displays.items():
-        links = [path.relative_to(output).as_posix() for path in rebuilt.links.get(name, [])]
-        sections.append({"id": name, "table": table, "plots": [], "links": links})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("report.html").render(
-        **content,
-        counts={status: sum(record.status == status for record in records) for status in STATUSES},
-        sections=sections,
-        notes=drawn.notes,
-        undone=sorted((r for r in records if not r.done), key=_order),
-        uncounted=_uncounted(records),
-        provenance=origin(records),
-        records=[(record, _details(record)) for record in sorted(records, key=_order)],
-        schema=SCHEMA_VERSION,
-    )
-
-
-def _order(record: Record) -> tuple:
-    return TASKS.index(record.task), record.model, record.head or "", STAGES.index(record.stage), record.seed
-
-
-def _inline(path: Path) -> str:
-    """An SVG as the source of an image: in one file, and without its ids meeting those of the other plots."""
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _details(record: Record) -> dict[str, str]:
-    """What a record holds beside its name, as text by heading; raw samples as a summary."""
-    parts = {
-        "Metrics": record.metrics,
-        "Samples": {name: _summary(values) for name, values in record.samples.items() if values},
-        "Details": {name: _shortened(value) for name, value in record.details.items()},
-        "Job": record.job,
-        "Provenance": record.provenance,
-    }
-    return {name: json.dumps(part, indent=2, ensure_ascii=False) for name, part in parts.items() if part}
-
-
-def _shortened(value: Any) -> Any:
-    """A long mapping, such as the cost of every module, cut to what a page can hold; the ledger's file has it all."""
-    if not isinstance(value, dict) or len(value) <= LONGEST:
-        return value
-    return dict(list(value.items())[:LONGEST]) | {"...": f"{len(value) - LONGEST} more in the ledger's file"}
-
-
-def _summary(values: Sequence[float]) -> str:
-    low, middle, high = (f"{value:.4g}" for value in (min(values), statistics.median(values), max(values)))
-    return f"{len(values)} values, lowest {low}, median {middle}, highest {high}"
-
-
-def _uncounted(records: Sequence[Record]) -> list[str]:
-    """The operators that a cost record says it did not count."""
-    found: set[str] = set()
-    for record in records:
-        names = record.details.get("uncounted") if record.stage == "cost" else None
-        found |= set(map(str, names)) if isinstance(names, list | dict) else set()
-    return sorted(found)
 
 
 def _last(output: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .display import Display, latex, markdown
 from .files import write_atomic
 from .record import METRICS, TASKS, Record
-from .rows import INTERVALS, Cell, Row, join, join_cost, labels
+from .rows import INTERVALS, STAGE_NOUN, Cell, Row, join, join_cost, labels
 
 if TYPE_CHECKING:
     import pandas
@@ -158,7 +158,7 @@ def frame(records: Sequence[Record], kind: str) -> "pandas.DataFrame":
 
 def display(rows: Sequence[Row], kind: str) -> Display:
     """The table for people. What is the same in all rows (precision, hardware, data) goes to the caption."""
-    columns = [column for column in COLUMNS[kind] if _says_something(column, rows)]
+    columns, without = _with_numbers(rows, kind)
     texts: dict[str, list[str]] = {"Model": [row.model for row in rows], "Family": [row.family for row in rows]}
     common: list[str] = []
     seeds = {row.metric.count for row in rows} - {0} if kind != "cost" else set()
@@ -168,15 +168,17 @@ def display(rows: Sequence[Row], kind: str) -> Display:
         "Data": [row.data or "" for row in rows],
         "Size": [row.size for row in rows],
         "Precision": [row.precision for row in rows],
-        "Hardware": [row.hardware for row in rows],
+        # What was only counted is the same on any machine.
+        "Hardware": [row.hardware if _timed(row) else "" for row in rows],
         # An unmeasured row has no seeds, and is no reason for a column of them.
         "Seeds": [str(row.metric.count if len(seeds) > 1 else max(seeds, default="")) for row in rows],
     }
     for name, values in attributes.items():
-        if len(set(values)) > 1:
+        named = set(values) - {""} if name == "Hardware" else set(values)
+        if len(named) > 1:
             texts[name] = values
-        elif values and values[0] and name != "Task":
-            common.append(f"{name.lower()} {values[0]}")
+        elif any(named) and name != "Task":
+            common.append(f"{name.lower()} {named.pop()}")
     footnotes: dict[str, int] = {}
     cells, values, best, measured = [], [], [], []
     winners = {column.name: best_rows(column, rows) for column in columns}
@@ -196,7 +198,7 @@ def display(rows: Sequence[Row], kind: str) -> Display:
         best.append([False] * known + [index in winners[column.name] for column in columns])
         measured.append([True] * known + [row.cells[column.name].value is not None for column in columns])
     return Display(
-        caption=CAPTIONS[kind] + (f" ({', '.join(common)})" if common else ""),
+        caption=CAPTIONS[kind] + (f" ({', '.join(common + without)})" if common or without else ""),
         headings=[*texts, *(column.heading for column in columns)],
         numeric=[False] * len(texts) + [True] * len(columns),
         cells=cells,
@@ -313,11 +315,19 @@ def _add_footnotes(table: "rich.table.Table", footnotes: dict[str, None], limit:
     table.caption = Text("\n".join(lines), style="dim")
 
 
-def _says_something(column: Column, rows: Sequence[Row]) -> bool:
-    """False for an optional number that no record has although its stage ran: the CSV says so, a reader need not."""
-    cells = [row.cells[column.name] for row in rows]
-    stage = next(stage for stage in ("cost", "speed", "evaluate") if column in _COLUMNS_OF[stage])
-    return any(cell.value is not None for cell in cells) or all(row.stages[stage].status != "done" for row in rows)
+def _with_numbers(rows: Sequence[Row], kind: str) -> tuple[list[Column], list[str]]:
+    """The columns in which some row has a number, and what to say of stages that gave none ("speed not run")."""
+    columns = [column for column in COLUMNS[kind] if any(row.cells[column.name].value is not None for row in rows)]
+    without = []
+    for stage in _STAGES[kind]:
+        if not any(column in _COLUMNS_OF[stage] for column in columns):
+            states = dict.fromkeys(row.stages[stage].status for row in rows)
+            without.append(f"{STAGE_NOUN[stage]} {' or '.join(states)}")
+    return (columns, without) if columns else (list(COLUMNS[kind]), [])
+
+
+def _timed(row: Row) -> bool:
+    return any(row.stages[stage].status == "done" for stage in ("speed", "evaluate"))
 
 
 def _whole(values: Sequence[float | None]) -> bool:

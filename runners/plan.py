@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import data
@@ -151,19 +151,29 @@ def _check(benchmark: Benchmark, where: str) -> None:
         raise InputError(f"{where}: a classification has no head to choose, but head={benchmark.head}")
     if benchmark.stages is not None:
         _check_stages(benchmark.stages, f"{where}: stages")
-    for size in (benchmark.input_size, *(entry.input_size for entry in benchmark.models.values() if entry.input_size)):
+    entries = benchmark.models | benchmark.pretraining
+    for size in (benchmark.input_size, *(entry.input_size for entry in entries.values() if entry.input_size)):
         if len(size) != 2 or min(size) < SMALLEST_SIDE:
             raise InputError(
                 f"{where}: input_size {list(size)} must be [height, width], each at least {SMALLEST_SIDE} pixels"
             )
-    entries = benchmark.models | benchmark.pretraining
-    if benchmark.task != "classification" and any(entry.initialize_from for entry in entries.values()):
-        raise InputError(f"{where}: only classifications can set initialize_from")
+    if benchmark.task != "classification":
+        _check_no_classification(benchmark, entries, where)
     if both := sorted(benchmark.models.keys() & benchmark.pretraining.keys()):
         raise InputError(f"{where}: {both[0]} is both in models and in pretraining; give one of them another label")
     _check_recipe(benchmark.recipe, f"{where}: recipe")
     for name, recipe in benchmark.recipes.items():
         _check_recipe(recipe, f"{where}: recipes.{name}")
+
+
+def _check_no_classification(benchmark: Benchmark, entries: Mapping[str, ModelEntry], where: str) -> None:
+    """What only classifications have must not look as if it were done."""
+    if benchmark.pretraining or any(entry.initialize_from for entry in entries.values()):
+        raise InputError(f"{where}: only classifications can have initialize_from and pretraining")
+    for recipe in (benchmark.recipe, *benchmark.recipes.values()):
+        for name in ("mixup", "ema", "distillation_alpha", "linear_probe", "label_smoothing"):
+            if getattr(recipe, name):
+                raise InputError(f"{where}: recipe.{name} is for classifications only; leave it out")
 
 
 def _check_recipe(recipe: Recipe, where: str) -> None:
@@ -186,8 +196,11 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
         )
     if recipe.learning_rate <= 0:
         raise InputError(f"{where}.learning_rate is {recipe.learning_rate}; it must be above 0")
-    if recipe.mixup and recipe.batch_size % 2:
-        raise InputError(f"{where}.batch_size is {recipe.batch_size}; Mixup pairs images, so it must be even")
+    if recipe.mixup and recipe.batch_size // parts % 2:
+        raise InputError(
+            f"{where}.batch_size is {recipe.batch_size}, {recipe.batch_size // parts} images per forward; "
+            "Mixup pairs them, so the number must be even"
+        )
     alpha = recipe.distillation_alpha
     if alpha is not None and not (0 <= alpha <= 1 and recipe.mixup and recipe.ema):
         raise InputError(f"{where}.distillation_alpha is {alpha}; it must be between 0 and 1, and needs mixup and ema")

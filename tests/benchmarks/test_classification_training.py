@@ -18,7 +18,7 @@ from benchmarks.distillation import distilled_targets, probability_maps
 from benchmarks.draws import SeededDataset
 from benchmarks.engine import Context
 from benchmarks.errors import InputError
-from benchmarks.job import Job, Recipe
+from benchmarks.job import Engine, Job, Recipe
 from benchmarks.measure import measure
 from benchmarks.optimizer import build_optimizer
 from results.ledger import Ledger
@@ -290,8 +290,14 @@ def test_pretraining_fine_tuning_and_probing_are_dependent_jobs(data_root, tmp_p
     # Neither row shows a pretraining as a model, and each says where its weights come from.
     rows = {row.model: row for row in join(Ledger(workplace.ledger).records(), "classification")}
     assert set(rows) == {"tuned", "probed"}
-    assert rows["tuned"].notes == ["started from the weights of test_hivit_mae (pretrain)"]
+    assert rows["tuned"].notes == ["started from the weights of the pretraining test_hivit_mae"]
     assert rows["probed"].notes == [*rows["tuned"].notes, "linear probe: the classifier alone was trained"]
+    # A model alone brings what it starts from, and a pretraining may be made alone.
+    config = suite()
+    config.models, config.stages = ["probed"], ["train"]
+    assert make_jobs(config) == [pretraining, probing]
+    config.models, config.stages = None, ["pretrain"]
+    assert make_jobs(config) == [pretraining]
     # Another pretraining makes other jobs of all that start from it.
     longer = dataclasses.replace(MAE, iterations=9)
     others = make_jobs(suite(recipes={"mae": longer, "tuning": TUNING, "probing": PROBING}))
@@ -326,12 +332,20 @@ def test_the_weights_of_a_smaller_network_are_refused(tmp_path):
         ),
         ({"models": {"a": ModelEntry(recipe="tunning")}}, "unknown recipe 'tunning'; did you mean tuning"),
         ({"models": {"test_hivit_mae": ModelEntry()}}, "test_hivit_mae is both in models and in pretraining"),
-        ({"recipe": Recipe(batch_size=7, mixup=MIXUP)}, "recipe.batch_size is 7; Mixup pairs images"),
+        ({"recipe": Recipe(batch_size=7, mixup=MIXUP)}, "batch_size is 7, 7 images per forward; Mixup pairs"),
         ({"recipe": Recipe(distillation_alpha=0.5)}, "needs mixup and ema"),
         ({"recipes": {"mae": MAE, "tuning": Recipe(learning_rate=0)}}, "recipes.tuning.learning_rate is 0"),
         (
             {"task": "segmentation", "head": "segformer", "data": "digit_scenes_segmentation"},
-            "only classifications can set initialize_from",
+            "only classifications can have initialize_from and pretraining",
+        ),
+        ({"pretraining": {"a": ModelEntry(input_size=[8, 64])}}, "at least 32 pixels"),
+        (
+            {
+                **{"task": "segmentation", "head": "segformer", "data": "digit_scenes_segmentation"},
+                **{"models": {"a": ModelEntry()}, "pretraining": {}, "recipes": {}, "recipe": Recipe(mixup=MIXUP)},
+            },
+            "recipe.mixup is for classifications only",
         ),
     ],
 )
@@ -379,3 +393,13 @@ def test_a_learning_rate_may_be_for_so_many_images():
     """Linear scaling, as MAE has it: 1.5e-4 for 256 images is 2.4e-3 for 4,096."""
     assert Recipe(learning_rate=1.5e-4, learning_rate_images=256, batch_size=4096).peak_learning_rate == 2.4e-3
     assert Recipe(learning_rate=1e-3, batch_size=4096).peak_learning_rate == 1e-3
+
+
+def test_masks_do_not_depend_on_how_a_batch_is_shared(data_root, tmp_path):
+    losses = [
+        measure(
+            job("test_hivit_mae", "pretrain", drop_path_rate=None, engine=engine), Context(tmp_path / name, data_root)
+        )
+        for name, engine in (("whole", Engine()), ("parts", Engine(accumulate=2)))
+    ]
+    assert losses[0].metrics["final_loss"] == pytest.approx(losses[1].metrics["final_loss"], rel=1e-5)

@@ -92,7 +92,7 @@ def suite():
     return make_suite
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ragged_suite():
     """A suite in which something of every kind went wrong: failed, blocked, not run, not measured."""
     return make_ragged_suite()

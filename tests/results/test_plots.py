@@ -1,116 +1,33 @@
-"""Plots: what is drawn, that no label is clipped or overlaps, and that the files are reproducible."""
+"""All plots together: which are made of what records, their files and words, and that nothing else changes."""
 
-import itertools
-import random
 import struct
 from dataclasses import replace
 
 import matplotlib
-import numpy as np
 import pytest
-from matplotlib.text import Text
 
-from results import plots
-from results.labels import Label, place, shorten
+from results import papers, plots, report, style
+from results.ledger import Ledger
+from results.rebuilt import rebuild
+
+TWO = [("hivit_tiny", "HiViT", 18.7, 4.6, 61.0, 93.4, 58.1), ("deit", "DeiT", 5.7, 1.3, 22.0, 84.2, 41.3)]
+AXES = ("macs", "params", "latency", "memory")
 
 
-def panels_of(records):
-    """The panels that `draw` would make of the records."""
-    from results.rows import METRIC, join
-
+def sized(record, sides=(224, 512, 1024), **changes):
+    """Cost records of one model at several sizes."""
     return [
-        plots._panel(task, rows[0].data, axis, rows)
-        for task in METRIC
-        if (rows := join(records, task))
-        for axis in plots.AXES
+        record("cost", key=f"{side}", input_size=[side, side], metrics={"macs": 90000.0 * side**2}, **changes)
+        for side in sides
     ]
-
-
-def box_of(text):
-    return Text.get_window_extent(text)  # An annotation's own extent would include its line.
-
-
-def texts_of(axes):
-    """The labels of points, and of the trivial baseline, with their boxes in pixels."""
-    return [(text.get_text(), box_of(text)) for text in axes.texts if text.get_zorder() == 4]
-
-
-def contains(outer, inner):
-    return (outer.extents[:2] <= inner.extents[:2]).all() and (inner.extents[2:] <= outer.extents[2:]).all()
-
-
-def assert_clean(figure):
-    """No label overlaps another or a point or leaves its axes; no text leaves the figure or meets another panel's."""
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
-    for axes in figure.axes:
-        boxes = texts_of(axes)
-        points = axes.transData.transform(axes.collections[0].get_offsets())
-        for name, box in boxes:
-            assert contains(axes.get_window_extent().padded(0.5), box), f"{name} leaves the axes"
-            assert not any(box.contains(*point) for point in points), f"{name} lies on a point"
-        for (one, a), (other, b) in itertools.combinations(boxes, 2):
-            assert not a.overlaps(b), f"{one} overlaps {other}"
-    whole = figure.bbox.padded(0.5)
-    texts = [*figure.texts, *figure.legends]
-    for axes in figure.axes:
-        left_title, subtitle = axes._left_title, axes.texts[0]
-        texts += [axes.title, left_title, subtitle, axes.xaxis.label, axes.yaxis.label]
-        assert not left_title.get_window_extent().overlaps(subtitle.get_window_extent())
-    for text in texts:
-        assert contains(whole, text.get_window_extent(renderer)), text
-    for one, other in itertools.combinations(figure.axes, 2):
-        assert not one.get_tightbbox(renderer).overlaps(other.get_tightbbox(renderer))
-        titles = [axes._left_title.get_window_extent() for axes in (one, other)]
-        assert not titles[0].overlaps(titles[1])
-    legend = figure.legends[0].get_window_extent(renderer)
-    assert not any(legend.overlaps(axes.get_tightbbox(renderer)) for axes in figure.axes)
-    assert not any(legend.overlaps(text.get_window_extent()) for text in figure.texts)
-
-
-def models(count, name="model_{}", families=5, seed=0):
-    chance = random.Random(seed)
-    rows = []
-    for i in range(count):
-        macs, latency, score = chance.uniform(1, 50), chance.uniform(1, 50), chance.uniform(30, 80)
-        rows.append((name.format(i), f"Family {i % families}", 5, macs, latency, score, score))
-    return rows
-
-
-CASES = {
-    "one": models(1),
-    "two": models(2),
-    "eight": models(8),
-    "thirty": models(30),
-    "thirty long names of many families": models(30, "a_rather_long_model_name_patch4_window7_{}_224", families=14),
-    "thirty coincident": [(f"coincident_model_{i}", f"Family {i % 3}", 5, 1, 10, 80, 40) for i in range(30)],
-    "as good as the trivial baseline": [(f"model_{i}", "F", 5, 1 + i, 10 + i, 10.4, 8.2) for i in range(6)],
-    "in a row": [(f"model_number_{i}", "F", 5, 10 + 0.01 * i, 10 + 0.01 * i, 90 + 0.01 * i, 50) for i in range(12)],
-    "orders of magnitude": [(f"model_{i}", "F", 5, 10.0**i, 10.0**i, 99.9 - i, 99.9 - i) for i in range(6)],
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_single_plots_are_clean_and_name_every_point(case, suite):
-    for panel in panels_of(suite(CASES[case], tasks=("classification",))):
-        figure = plots.figure([panel])
-        assert_clean(figure)
-        shown = {name for name, _ in texts_of(figure.axes[0])}
-        assert {shorten(name, 26 if len(panel.names) > 12 else 34) for name in panel.names} <= shown
-
-
-@pytest.mark.parametrize("case", ["one", "eight", "thirty long names of many families", "thirty coincident"])
-def test_the_overview_is_clean(case, suite):
-    hardware = "A rather long name of a processor at 2.70 GHz, 64 threads, on some machine or other"
-    panels = [replace(panel, hardware=hardware) for panel in panels_of(suite(CASES[case]))]
-    assert_clean(plots.figure(panels))
 
 
 def test_files_sizes_and_words(ragged_suite, tmp_path):
     drawn = plots.draw(ragged_suite, tmp_path)
     tasks = ("classification_top1", "segmentation_miou")
-    names = [*(f"{task}_vs_{axis}" for task in tasks for axis in ("macs", "latency")), "overview"]
+    names = [*(f"{task}_vs_{axis}" for task in tasks for axis in AXES), "overview"]
     assert [plot.name for plot in drawn.plots] == names
+    assert [plot.section for plot in drawn.plots] == ["classification"] * 4 + ["segmentation"] * 4 + [""]
     files = {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == files
     for plot in drawn.plots:
@@ -118,16 +35,8 @@ def test_files_sizes_and_words(ragged_suite, tmp_path):
         assert width == 1600
         assert 900 < height < 1600
         assert plot.path.with_suffix(".svg").read_text().startswith("<?xml")
-    assert "Highest: hiri_vit_s with 59.4 % at 105 ms." in drawn.plots[3].alt
+    assert "Highest: hiri_vit_s with 59.4 % at 105 ms." in drawn.plots[6].alt
     assert drawn.notes == []
-
-
-def test_what_is_left_off_is_named(ragged_suite):
-    panel = panels_of(ragged_suite)[3]
-    assert sorted(panel.omitted) == ["hrvit_b1", "mit_b0", "swin_tiny_patch4_window7"]
-    (caption,) = plots.figure([panel]).texts
-    for name in panel.omitted:
-        assert name in caption.get_text()
 
 
 def test_no_records_no_plot(record, tmp_path):
@@ -136,75 +45,93 @@ def test_no_records_no_plot(record, tmp_path):
     assert drawn.notes == ["No plots: there is no record of a model yet."]
     drawn = plots.draw([record("cost", metrics={"macs": 1})], tmp_path)
     assert drawn.plots == []
-    assert drawn.notes[0] == "No plot of classification against compute: no model has both numbers yet."
+    missing = "compute or parameters or latency or memory"
+    assert drawn.notes == [f"No plot of classification against {missing}: no model has both numbers yet."]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trivial_baseline_is_drawn_or_said_to_be_far(suite):
-    near, far = (
-        panels_of(suite([("m", "F", 5, 1, 10, score, 40)], tasks=("classification",)))[0] for score in (20, 95)
-    )
-    axes = plots.figure([near]).axes[0]
-    assert any(line.is_dashed() and set(line.get_ydata()) == {10.4} for line in axes.lines)
-    assert any(name == "trivial (most frequent class): 10.4 %" for name, _ in texts_of(axes))
-    assert any("10.4 %, far below" in name for name, _ in texts_of(plots.figure([far]).axes[0]))
+def test_costs_alone_are_no_reason_to_miss_accuracies(record, tmp_path):
+    drawn = plots.draw(sized(record), tmp_path)
+    assert [plot.name for plot in drawn.plots] == ["cost_growth", "cost_growth_exponents"]
+    assert drawn.notes == []
+    blocked = record("evaluate", status="blocked", reason="no data", input_size=[224, 224])
+    (note,) = plots.draw([*sized(record), blocked], tmp_path).notes
+    assert note.startswith("No plot of classification against compute")
 
 
-def test_pareto_front():
-    points = [(3, 70), (1, 50), (2, 50), (2, 60), (4, 70), (5, 80), (1, 50)]
-    assert [points[i] for i in plots.pareto_front(points)] == [(1, 50), (2, 60), (3, 70), (5, 80)]
-    assert plots.pareto_front([]) == []
+def test_figures_of_papers_come_with_a_measurement_and_a_row_without_a_size_is_told_once(record, tmp_path):
+    printed = papers.load()
+    job = {"model": "hiri_vit_base", "num_classes": 1000}
+    cost = record("cost", model="b", input_size=[448, 448], metrics={"params": 5.44e7, "macs": 9.6e9}, job=job)
+    printed.rows = [replace(r, input_size=None) if (r.table, r.row) == ("2", 47) else r for r in printed.rows]
+    drawn = plots.draw([cost], tmp_path, rebuild(printed, [cost]))
+    assert [plot.name for plot in drawn.plots] == ["papers_hiri_vit_figure_1", "papers_hiri_vit_figure_6"]
+    assert {plot.section for plot in drawn.plots} == {"papers"}
+    (note,) = drawn.notes
+    assert note.startswith("hiri_vit, Table 2, row 47 (HIRI-ViT-B): no input_size")
 
 
-def test_latency_of_different_machines_is_not_compared(suite, record):
-    other = record("speed", key="o", model="fast", metrics={"latency_ms": 1.0}, provenance={"hardware": "H200"})
-    score = record("evaluate", key="e", model="fast", metrics={"top1": 99.0})
-    panel = panels_of([*suite(tasks=("classification",)), other, score])[1]
-    assert panel.hardware == "AMD EPYC 7763, 2 cores"
-    assert panel.omitted == ["fast"]
+def test_one_model_of_an_unknown_family_with_an_odd_name(record, tmp_path):
+    common = {"model": "$x_{1$ & <b>", "family": "Nobody's $family"}
+    score = record("evaluate", key="score", metrics={"top1": 80.0}, input_size=[224, 224], **common)
+    drawn = plots.draw([score, *sized(record, **common)], tmp_path)
+    names = [plot.name for plot in drawn.plots]
+    assert names == ["classification_top1_vs_macs", "overview", "cost_growth", "cost_growth_exponents"]
+    (note,) = drawn.notes
+    assert note.startswith("No plot of classification against parameters or latency or memory on digit_scenes")
 
 
 def test_several_data_sets_get_plots_of_their_own(suite, tmp_path):
-    records = suite(CASES["one"], tasks=("classification",))
+    records = suite(TWO[:1], tasks=("classification",))
     others = [replace(r, key=r.key + "x", data="ImageNet-1K@1") for r in records if r.stage == "evaluate"]
     names = [plot.name for plot in plots.draw([*records, *others], tmp_path).plots]
     assert "classification_top1_vs_macs_imagenet_1k_1" in names
     assert "classification_top1_vs_macs_digit_scenes_classification_1" in names
 
 
-def test_the_same_records_give_the_same_files_and_nothing_global_changes(suite, tmp_path):
+def test_the_same_records_give_the_same_files_and_nothing_global_changes(suite, record, tmp_path):
     before = dict(matplotlib.rcParams)
+    records = [r for r in suite(TWO, tasks=("classification",)) if r.stage in ("cost", "evaluate")]
     contents = []
     for name in ("a", "b"):
-        drawn = plots.draw(suite(CASES["two"], tasks=("classification",)), tmp_path / name)
+        drawn = plots.draw([*records, *sized(record, model="another")], tmp_path / name)
         contents.append([path.read_bytes() for plot in drawn.plots for path in plot.files])
+    assert len(contents[0]) == 2 * 5
     assert contents[0] == contents[1]
     assert dict(matplotlib.rcParams) == before
 
 
+def test_a_folder_that_cannot_be_written_is_named(record, tmp_path):
+    (tmp_path / "plots").write_text("a file in the way")
+    with pytest.raises(OSError, match=r"plots/cost_growth\.png"):
+        plots.draw(sized(record), tmp_path / "plots")
+
+
 def test_families_look_different_and_keep_their_look():
-    families = [*plots.FAMILIES, *(f"family {i}" for i in range(40))]
-    looks = plots._looks(families)
-    assert len(set(looks.values())) == len(families)
-    assert plots._looks(["DeiT", "HiViT"])["HiViT"] == looks["HiViT"]
+    families = [*style.FAMILIES, *(f"family {i}" for i in range(60))]
+    looks = style.looks_of(families)
+    assert len(set(looks.values())) == len(families) == len(looks)
+    own = {looks[family][0] for family in style.FAMILIES}
+    assert not own & {looks[family][0] for family in families[4:]}
+    assert style.looks_of(["Swin", "HiViT"])["HiViT"] == looks["HiViT"]
+    assert style.looks_of(["Swin"]) == {"Swin": style.looks_of([*families, "A", "Swin"], more=["B"])["Swin"]}
 
 
-def test_labels_without_room_are_left_out_not_squeezed_in(suite):
-    figure = plots.figure(panels_of(suite(CASES["one"], tasks=("classification",)))[:1])
-    axes = figure.axes[0]
-    middle = (sum(axes.get_xlim()) / 2, sum(axes.get_ylim()) / 2)
-    many = [Label(f"a label that takes much room, number {i}", *middle, "black") for i in range(70)]
-    placed, left_out = place(axes, many, sizes=(12,))
-    figure.draw_without_rendering()
-    assert len(placed) + len(left_out) == 70
-    assert left_out
-    boxes = np.array([box_of(text).extents for text in placed])
-    for one, other in itertools.combinations(boxes, 2):
-        assert (one[:2] >= other[2:]).any() or (one[2:] <= other[:2]).any()
-    assert place(axes, []) == ([], [])
+def test_the_report_lists_the_growth_and_shows_its_plots(record, tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    for one in sized(record):
+        ledger.put(one)
+    built = report.build(tmp_path, title="Growth")
+    names = {path.relative_to(tmp_path).as_posix() for path in built.files}
+    assert {"tables/growth.csv", "plots/cost_growth.png", "plots/cost_growth_exponents.svg"} <= names
+    page = built.report.read_text()
+    assert 'href="tables/growth.csv"' in page
+    assert "Cost against resolution (classification)" in page
 
 
-def test_shorten():
-    assert shorten("hivit_tiny") == "hivit_tiny"
-    assert len(shorten("x" * 50, 20)) == 20
-    assert shorten("begin" + "x" * 50 + "end", 12) == "beginx…xxend"
+def test_colours_are_dark_enough_for_text_on_white():
+    """WCAG 2's contrast for normal text: 4.5 to 1."""
+    for colour in style.COLOURS:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        assert 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) >= 4.5, colour

@@ -161,6 +161,10 @@ def test_accuracies_are_those_of_the_same_data_and_training(mine, record):
     for other in (trained("classification", "digits@1", 224), trained("classification", "imagenet1k@1", 96)):
         assert cell(mine, [other], 1, "top1").measured.status == "not run"
     assert cell(mine, [good], 2, "top1", "2").measured.status == "reported only"  # the row was pre-trained otherwise
+    from_mae = good.job | {"starts_from": {"stage": "pretrain"}}
+    assert cell(mine, [trained("classification", "imagenet1k@1", 224, job=from_mae)], 1, "top1").measured.value is None
+    enlarged = good.job | {"starts_from": {"stage": "train"}}
+    assert cell(mine, [trained("classification", "imagenet1k@1", 224, job=enlarged)], 1, "top1").measured.value == 79.5
     assert cell(mine, [trained("segmentation", "cityscapes@2", 1024)], 1, "miou", "2").measured.value == 77.0
     assert not cell(mine, [trained("segmentation", "cityscapes@2", 512)], 1, "miou", "2").known
 

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
 
 from results import report
 from results.ledger import Ledger
 
+AXES = ("macs", "params", "latency", "memory")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -67,8 +69,8 @@ def test_the_page(output, ragged_suite):
     assert names == {
         *(f"leaderboard_{kind}.csv" for kind in ("classification", "segmentation", "cost")),
         *(f"tables/{k}.{s}" for k in ("classification", "segmentation", "cost") for s in ("csv", "md", "tex")),
-        *(f"plots/classification_top1_vs_{axis}.{s}" for axis in ("macs", "latency") for s in ("png", "svg")),
-        *(f"plots/segmentation_miou_vs_{axis}.{s}" for axis in ("macs", "latency") for s in ("png", "svg")),
+        *(f"plots/classification_top1_vs_{axis}.{s}" for axis in AXES for s in ("png", "svg")),
+        *(f"plots/segmentation_miou_vs_{axis}.{s}" for axis in AXES for s in ("png", "svg")),
         *("plots/overview.png", "plots/overview.svg", "report.html"),
     }
     assert all(path.is_file() for path in built.files)
@@ -83,12 +85,17 @@ def test_the_page(output, ragged_suite):
     assert [len(page.all(heading)) > 0 for heading in ("h1", "h2", "h3")] == [True, True, True]
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
     images = page.all("img")
-    assert len(images) == 4
-    assert all(image["alt"] and image["src"].startswith("data:image/svg+xml;base64,") for image in images)
+    assert len(images) == 8
+    assert all(image["alt"] and image["src"].startswith("data:image/svg+xml,%3C") for image in images)
     # Every link leads to a part of the page or to a file that exists: the page opens without a network.
     for link in page.all("a"):
         target = link["href"]
-        assert target[1:] in page.ids if target.startswith("#") else (output / target).exists(), target
+        assert target[1:] in page.ids if target.startswith("#") else (output / unquote(target)).exists(), target
+    # Every row of the measured tables names the records that it was made from.
+    rows = [row for row in page.all("tr") if "data-records" in row]
+    assert {key for row in rows for key in row["data-records"].split()} == {record.key for record in ragged_suite}
+    assert {f"record-{key}" for row in rows for key in row["data-records"].split()} <= set(page.ids)
+    assert {row["data-group"] for row in rows} == {*(record.family for record in ragged_suite), "blocked", "failed"}
     assert not re.search(r"(src|href)=\"?(https?:)?//", text)
     for expected in (
         "Multiply-accumulates of every convolution",
@@ -173,13 +180,45 @@ def test_an_empty_ledger(output):
     assert "2 jobs have not run yet" in words
 
 
-def test_long_details_are_cut(output, record):
-    modules = {f"stage.{i}": i for i in range(300)}
-    fill(output, [record("cost", metrics={"macs": 1}, details={"by_module": modules})])
+def test_a_record_takes_little_room(output, record):
+    modules = {f"stage.{i}": i for i in range(3000)}
+    details = {"by_module": modules, "convention": "as all"} | {f"detail {i}": 0 for i in range(100)}
+    samples = {"latency_ms": [0.1 * i for i in range(5000)]}
+    fill(output, [record("cost", metrics={"macs": 1}, details=details, samples=samples)])
+    empty = len(report.build(output.with_name("empty"), title="A").report.read_text())
     text = report.build(output, title="A").report.read_text()
-    assert "stage.39" in text
-    assert "stage.40" not in text
-    assert "260 more in the ledger" in text
+    assert len(text) - empty < 10_000
+    assert "stage.5&#34;: 5" in text
+    assert "stage.300&#34;" not in text
+    assert re.search(r"\d\d,\d{3} more characters in the ledger", text)
+    assert "62 more in the ledger" in text
+    assert "5000 values, lowest 0, median 249.9, highest 499.9" in text
+
+
+def test_files_that_are_not_there_are_no_links(output, record):
+    (output / "jobs").mkdir(parents=True)
+    (output / "jobs" / "log.txt").write_text("done")
+    artifacts = {"log": "jobs/log.txt", "weights": "jobs/weights.pth", "odd": "x" * 5000}
+    fill(output, [record("cost", metrics={"macs": 1}, artifacts=artifacts)])
+    text = report.build(output, title="A").report.read_text()
+    assert '<a href="jobs/log.txt">log</a>, weights (not here), odd (not here)' in text
+
+
+def test_the_papers_tables_are_on_the_page(output, suite, tmp_path):
+    fill(output, [record for record in small(suite) if record.stage == "cost"])
+    rows = "mine,1,1,Mine <S>,hivit_tiny,11,96x96,18.7,4.0\nmine,1,2,Nobody's,,11,96x96,9.0,\n"
+    (tmp_path / "mine.csv").write_text(f"paper,table,row,label,model,num_classes,input_size,params_m,gflops\n{rows}")
+    text = report.build(output, title="A", papers=[tmp_path / "mine.csv"]).report.read_text()
+    page = Page(text)
+    words = " ".join(" ".join(page.text).split())
+    assert {"papers", "verdicts", "conventions-caption", "mine_table_1"} <= set(page.ids)
+    assert "Table 1: 3 numbers reported, 2 measured here, 1 reproduced" in words
+    assert "Mine <S>" in words
+    assert {"data-group": "mine", "data-records": "cost-cla-hivit_tiny-0"} in page.all("tr")
+    assert {"data-group": "mine"} in page.all("tr")  # nobody's
+    assert re.search(r"Nothing was measured of [^.]*hrvit Table 3, hrvit Table 4", words)
+    links = {link["href"] for link in page.all("a")}
+    assert {"#mine_table_1", "tables/papers/mine_table_1.csv", "tables/papers/index.csv"} <= links
 
 
 def test_names_from_records_cannot_break_the_page(output, record):

@@ -251,3 +251,16 @@ def test_a_training_belongs_to_every_way_of_evaluating_it(record):
     ]
     assert len(tables.rows_of([trained, ways[0]], "segmentation")) == 1
     assert len(tables.rows_of([trained, *ways], "segmentation")) == 2
+
+
+def test_columns_without_any_number_are_told_and_not_shown(record, ragged_suite):
+    counted = [record("cost", model=name, metrics={"macs": 1e9, "params": 1e6}) for name in ("one", "two")]
+    table = tables.display(join_cost(counted), "cost")
+    assert table.headings == ["Model", "Family", "Params (M)", "MACs (G)"]
+    assert "speed not run" in table.caption
+    assert "hardware" not in table.caption  # a count is the same on any machine
+    timed = tables.display(join_cost([*counted, record("speed", model="one", metrics={"latency_ms": 9.0})]), "cost")
+    assert [cells[-1] for cells in timed.cells] == ["9.00", "not run [1]"]
+    assert "hardware AMD EPYC" in timed.caption
+    failed = [record("speed", status="failed", reason="out of memory", metrics={})]
+    assert "not run" in str(tables.display(join_cost(failed), "cost").cells)
