@@ -32,7 +32,7 @@ from benchmarks.measure import deterministic
 from benchmarks.optimizer import build_optimizer
 from benchmarks.speed import hardware
 
-WARMUP = 3  # steps before the clock counts: they allocate memory
+WARMUP = 6  # steps before the clock counts: they allocate memory, and the first line of the log loads TensorBoard
 EXAMPLES = (("classification", "hivit_tiny"), ("segmentation", "mit_b0"))  # (task, model)
 
 

@@ -55,6 +55,17 @@ def test_two_processes_train_as_one(both, data_root, tmp_path):
     assert both[2].metrics == pytest.approx(one[2].metrics, rel=1e-4)
 
 
+@pytest.mark.parametrize("model", ["test_mit", "test_hivit"])
+def test_gradient_checkpointing_on_two_processes(model, forked, data_root, tmp_path):
+    """Both kinds of blocks that are computed twice: mmsegmentation's and those of the zoo."""
+    short = with_engine(job("classification", model=model, label=model), **SENSITIVE, iterations=4)
+    one = trained(with_engine(short, Engine()), tmp_path / "one", data_root)
+    two = trained(
+        with_engine(short, Engine(processes=2, accumulate=2, gradient_checkpointing=True)), tmp_path / "two", data_root
+    )
+    assert_the_same(two, one)
+
+
 def test_killed_at_any_moment_two_processes_go_on_to_the_same_bits(both, forked, data_root, tmp_path):
     seed = random.randrange(10**6)
     print(f"seed {seed}")  # shown by pytest when the test fails
