@@ -9,15 +9,15 @@ from typing import Any
 
 from .papers import PaperRow, Papers, normalized
 from .record import Record
-from .rows import NOT_RUN, Row, join, started
+from .rows import NOT_RUN, Row, join, rank_key, started
 
 COUNTED, RUN_HERE, REPORTED_ONLY = "counted", "run here", "reported only"
 REPRODUCED, CUT, COMMON = "reproduced", "reproduced (cut, not rounded)", "reproduced (common convention)"
 FOLLOWS = "follows from the rows"
 COSTS, SCORES = ("params_m", "gflops"), ("top1", "miou", "miou_ms")
-_METRIC = {"top1": "top1", "miou": "mIoU"}  # of a record, by column
-# Fields of a configuration that make no other network: its size, its training, and which maps a head reads.
-_NEUTRAL = {"img_size", "strict_img_size", "drop_path_rate", "dense_init"}
+_METRIC = {"top1": "top1", "miou": "mIoU", "miou_ms": "mIoU_ms"}  # of a record, by column
+# Fields of a configuration that make no other network: its size, its training, its weights, which maps a head reads.
+_NEUTRAL = {"img_size", "strict_img_size", "drop_path_rate", "dense_init", "checkpoint", "pretrained"}
 _NEUTRAL |= {"out_indices", "feature_location", "published_taps"}
 
 
@@ -159,7 +159,7 @@ def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
         and (_same_data(printed, row.data) if row.data else printed.num_classes == job.get("num_classes", 0))
         and _same_network(printed, job)
     ]
-    if not fitting:
+    if not fitting or any(_pretrained(record) for record in row.records):
         return None, ""
     own = [printed for printed in fitting if printed.texts.get("reported_by") == "own"]
     told: dict[str, str] = {}  # what is printed -> where first
@@ -172,6 +172,11 @@ def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
     # Papers that quote a network differently may mean other trainings or evaluations: none of them is its number.
     listed = "; ".join(f"{value} in {source}" for value, source in told.items())
     return (float(value), f"{source}; all that is printed: {listed}") if own else (None, f"quoted as {listed}")
+
+
+def _pretrained(record: Record) -> bool:
+    """Whether the weights come from training without labels, which no row that is compared here did."""
+    return (record.job.get("starts_from") or {}).get("stage") == "pretrain"
 
 
 class _Ledger:
@@ -200,6 +205,7 @@ class _Ledger:
             record
             for record in self._of(row)
             if record.stage in ("train", "evaluate")
+            and not _pretrained(record)
             and _same_data(row, record.data or "")
             and row.input_size in (None, tuple(record.input_size))
         ]
@@ -296,15 +302,19 @@ def _params(row: PaperRow, record: Record | None, printed: str) -> Measured:
 
 
 def _score(row: PaperRow, column: str, ledger: _Ledger) -> Measured:
-    records = ledger.trained(row) if row.trainable and column in _METRIC else []
+    records = ledger.trained(row) if row.trainable else []
+    metric = _METRIC[column]
     found = join(records, row.task) if records else []
     if not found:
         return _absent(row, row.trainable)
-    cell = found[0].metric  # the best, where there are several recipes
+    best = min(found, key=lambda measured: rank_key(measured.cells[metric], highest_first=True))
+    cell = best.cells[metric]
     if cell.value is None:
         return Measured(cell.status, reason=cell.reason)
-    reason = f"the best of {len(found)} recipes" if len(found) > 1 else ""
-    return Measured(RUN_HERE, cell.value, reason, next(r.key for r in records if r.stage == "evaluate"))
+    count = sum(measured.cells[metric].value is not None for measured in found)
+    reason = f"the best of {count} recipes" if count > 1 else ""
+    key = next(r.key for r in best.records if r.stage == "evaluate" and r.done and metric in r.metrics)
+    return Measured(RUN_HERE, cell.value, reason, key)
 
 
 def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow]) -> dict[str, Comparison]:

@@ -87,8 +87,12 @@ class Row:
 
 
 def join(records: Iterable[Record], task: str) -> list[Row]:
-    """The rows of one task, best metric first within each data set, rows without a metric last; no bare backbones."""
-    return _join([record for record in records if record.task == task and record.head != BARE])
+    """The rows of one task, best metric first within each data set, rows without a metric last.
+
+    Without bare backbones and without pretrainings, neither of which ever has a score.
+    """
+    scored = [record for record in records if record.head != BARE and record.stage != "pretrain"]
+    return _join([record for record in scored if record.task == task])
 
 
 def join_cost(records: Iterable[Record]) -> list[Row]:
