@@ -153,6 +153,8 @@ HIRI_VIT_DENSE = Convention(
     without_products,
 )
 
+CONVENTIONS = (HRVIT, HRFORMER, HRFORMER_POSE, HIVIT, HIRI_VIT, HIRI_VIT_DENSE)
+
 
 def paper_convention(model: nn.Module) -> Convention | None:
     """The convention of the paper that `model` is from: a model of the zoo or a segmentor over it; None for others."""

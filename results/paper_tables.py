@@ -166,14 +166,14 @@ def display(table: RebuiltTable) -> Display:
 
 
 def index_display(tables: Sequence[RebuiltTable]) -> Display:
-    """What came of each table, of all `tables`, and of the rows in them that the authors measured: numbers of cells."""
+    """What came of each table, of all `tables`, and of the rows in them that the authors measured ("own"): numbers of cells."""
     headings = ["Paper", "Table", "Column", *(field.name.capitalize() for field in fields(Summary))]
     lines: list[tuple[str, str, str, Summary]] = []
     for table in tables:
         name = table.title or table.paper
         lines += [(name, table.table, _TITLES[c], s) for c, s in summarize([table]).items() if s.reported]
-    for rows, which in (("", "all"), ("own", "all, rows that the authors measured")):
-        lines += [("all papers", which, _TITLES[c], s) for c, s in summarize(tables, rows).items() if s.reported]
+    for rows, which in (("", "all papers"), ("own", "all papers, own rows")):
+        lines += [(which, "all", _TITLES[c], s) for c, s in summarize(tables, rows).items() if s.reported]
     values = [[None] * 3 + [getattr(s, field.name) for field in fields(Summary)] for *_, s in lines]
     cells = [[*known, *(str(value) for value in row[3:])] for (*known, _), row in zip(lines, values, strict=True)]
     caption = "Cells of the papers' tables: reported, measured here, reproduced to the printed precision, explained"

@@ -233,7 +233,10 @@ def test_cost_jobs_tell_both_numbers(tmp_path):
     assert rounded(outcome.metrics["macs_paper"] / 1e9, "1.8282") == "1.8282"
     assert outcome.details["paper_convention"]["name"] == "hrformer"
     other = measure(dataclasses.replace(job, model="resnet18"), Context(tmp_path, tmp_path))
-    assert "macs_paper" not in other.metrics
+    assert "macs_paper" not in other.metrics  # no paper of ours is its own, but each can count it
+    assert other.details["macs_by_convention"].keys() == outcome.details["macs_by_convention"].keys()
+    assert other.details["macs_by_convention"]["hiri_vit"] == other.metrics["macs"]
+    assert other.details["macs_by_convention"]["hrformer"] > other.metrics["macs"]
     assert other.metrics.keys() | outcome.metrics.keys() <= set(METRICS["cost"])
 
 
