@@ -166,7 +166,7 @@ def display(table: RebuiltTable) -> Display:
 
 
 def index_display(tables: Sequence[RebuiltTable]) -> Display:
-    """What came of each table, of all `tables`, and of the rows in them that the authors measured ("own"): numbers of cells."""
+    """What came of each table, of all `tables`, and of the rows that the authors measured ("own"): numbers of cells."""
     headings = ["Paper", "Table", "Column", *(field.name.capitalize() for field in fields(Summary))]
     lines: list[tuple[str, str, str, Summary]] = []
     for table in tables:
