@@ -62,7 +62,6 @@ WORDS = {
     "reconstruction": "the network is not fully described; what is built here in its place comes close",
     "rounding": "cut, rounded twice or just beside the edge of rounding: the network is the same",
     "misprint": "the number belongs to another row or model",
-    "explained": "the evidence says what gives the printed number; it is not counted in this way here",
     "cannot be known": "what is published does not tell which network or way of counting gives the number",
 }
 DELTAS = {"delta_params": "params_m", "delta_gflops": "gflops", "delta_top1": "top1", "delta_miou": "miou"}
