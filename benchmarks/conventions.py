@@ -160,6 +160,8 @@ def paper_convention(model: nn.Module) -> Convention | None:
     match getattr(backbone, "family", None):
         case "HRViT":
             return HRVIT
+        case "CSWin" if hasattr(model, HEAD):  # HRViT's Tables 4 and 9 count it; the classifier is others' baseline
+            return HRVIT
         case "HRFormer":
             return HRFORMER_POSE if backbone.config.bilinear_fusion else HRFORMER
         case "HiViT":

@@ -1,7 +1,7 @@
 """CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows (Dong et al., CVPR 2022).
 
-Paper: https://arxiv.org/abs/2107.00652. The numbers follow the published implementation. Half of the channels attend
-inside vertical stripes of the map, half inside horizontal ones, and the last stage to the whole map.
+Paper: https://arxiv.org/abs/2107.00652 (section 3). The numbers follow the published implementation. Half of the
+channels attend inside vertical stripes of the map, half inside horizontal ones; those of the last stage to all of it.
 """
 
 import re
@@ -101,9 +101,7 @@ class CrossAttention(nn.Module):
         self.width = width
         self.qkv = nn.Linear(dim, 3 * dim)
         directions = 1 if width is None else 2
-        self.stripes = nn.ModuleList(
-            StripeAttention(dim // directions, heads // directions) for _ in range(directions)
-        )
+        self.stripes = nn.ModuleList(StripeAttention(dim // directions, heads // directions) for _ in range(directions))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
