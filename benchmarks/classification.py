@@ -1,7 +1,8 @@
-"""Image classification: timm's models, transforms, loss and optimizers in mmengine's Runner.
+"""Image classification: timm's models, transforms, Mixup, losses, averaging and optimizers in mmengine's Runner.
 
 `Recipe.augmentation` holds arguments of `timm.data.create_transform` for training (scale, ratio, hflip, color_jitter,
-auto_augment, re_prob, ...), `Recipe.evaluation` those for evaluation (crop_pct, ...).
+auto_augment, re_prob, ...), `Recipe.evaluation` those for evaluation (crop_pct, ...), `Recipe.mixup` those of
+`timm.data.Mixup` and `Recipe.ema` those of `timm.utils.ModelEmaV3`.
 """
 
 from __future__ import annotations
@@ -13,34 +14,124 @@ from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
-from timm.data import create_dataset, create_transform
-from timm.loss import LabelSmoothingCrossEntropy
+from mmengine.hooks import Hook
+from mmengine.model import BaseDataPreprocessor, BaseModel, is_model_wrapper
+from mmengine.runner import Runner
+from safetensors.torch import load_file
+from timm.data import Mixup, create_transform
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 import zoo
 from benchmarks import data
+from benchmarks.data.images import Images, open_images
+from benchmarks.distillation import distilled_targets, probability_maps
+from benchmarks.draws import seeded
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
-from benchmarks.job import Job
+from benchmarks.job import Job, Recipe
+
+
+class Mixing(BaseDataPreprocessor):
+    """Mixes the images and labels of a training batch on their device, with timm's Mixup.
+
+    timm draws from NumPy's generator. It is seeded with the number that came with the batch's first image, so that a
+    step is mixed alike however often the training was interrupted. A batch spread over several processes is mixed
+    within each, as timm does.
+    """
+
+    def __init__(self, mixup: Mixup, with_mask: bool):
+        super().__init__()
+        self.mixup = mixup
+        self.with_mask = with_mask
+
+    def forward(self, data: Sequence[Tensor], training: bool = False) -> Sequence[Tensor]:
+        """(images, labels, numbers) -> (mixed images, mixed labels) and, for distillation, images and mask.
+
+        The mask (B, 1, H, W) is what each image keeps of itself. Evaluation batches are left as they are.
+
+        Raises:
+            InputError: an odd number of images, which cannot be paired.
+        """
+        if not training:
+            return super().forward(data, training)
+        number = int(data[2][0])
+        images, labels = super().forward(list(data[:2]), training)
+        if len(images) % 2:
+            raise InputError(f"recipe.mixup pairs the images of a batch, but one has {len(images)}; make it even")
+        with seeded(number):
+            mixed, targets = self.mixup(images.clone(), labels)
+        if not self.with_mask:
+            return [mixed, targets]
+        # The same draws show the mask on images that are 1 in the first half of the batch and 0 in their partners.
+        first = torch.zeros_like(images[:, :1])
+        first[: len(images) // 2] = 1
+        with seeded(number):
+            blend, _ = self.mixup(first.clone(), labels)
+        return [mixed, targets, images, 1 - (blend - first).abs()]
 
 
 class Classifier(BaseModel):
-    """A classifier in mmengine's terms: images (B, 3, H, W) and labels (B,) in; a loss, or scores (B, classes), out."""
+    """A classifier in mmengine's terms: images (B, 3, H, W) and labels in; a loss, or scores (B, classes), out.
 
-    def __init__(self, network: torch.nn.Module, label_smoothing: float = 0.0):
-        super().__init__()
-        self.network = network
+    Labels are classes (B,), or with Mixup the shares (B, classes). Where the recipe averages the weights, the average
+    is part of the model, and with it of every checkpoint; it is what scores.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe):
+        super().__init__(_mixing(network, recipe))
         self._is_init = True  # mmengine would initialise timm's networks anew
-        self.criterion = LabelSmoothingCrossEntropy(label_smoothing)
+        self.recipe = recipe
+        if recipe.linear_probe:
+            _make_probe(network)
+        self.network = network
+        self.ema = _average(network, recipe)
+        smoothing = recipe.label_smoothing  # with Mixup it is part of the labels
+        self.criterion = SoftTargetCrossEntropy() if recipe.mixup else LabelSmoothingCrossEntropy(smoothing)
 
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None, mode: str = "tensor") -> Any:
-        logits = self.network(inputs)
+    def train(self, mode: bool = True) -> Classifier:
+        """The average of the weights never trains, nor, in a linear probe, anything but the classifier."""
+        super().train(mode)
+        if self.ema is not None:
+            self.ema.eval()
+        if self.recipe.linear_probe:
+            self.network.eval()
+            self.network.get_classifier().train(mode)
+        return self
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        unmixed: Tensor | None = None,
+        mask: Tensor | None = None,
+        mode: str = "tensor",
+    ) -> Any:
         if mode == "loss":
-            return {"loss": self.criterion(logits, labels)}
+            if unmixed is not None:
+                maps = probability_maps(self.ema.module, unmixed)
+                labels = distilled_targets(maps, mask, labels, self.recipe.distillation_alpha)
+            return {"loss": self.criterion(self.network(inputs), labels)}
+        logits = (self.network if self.ema is None else self.ema.module)(inputs)
         if mode == "predict":
             return [{"scores": row, "label": int(label)} for row, label in zip(logits, labels, strict=True)]
         return logits
+
+
+class Averaging(Hook):
+    """Moves the average of the weights after each step of the optimizer."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if not runner.optim_wrapper.should_update():  # gradients are still being accumulated
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        step = (batch_idx + 1) * self.recipe.iterations // runner.max_iters
+        model.ema.update(model.network, step=step)
 
 
 class TopK(BaseMetric):
@@ -65,34 +156,116 @@ def build_model(job: Job) -> torch.nn.Module:
     return zoo.create_model(job.model, num_classes=job.num_classes, img_size=job.input_size, **config)
 
 
-def run_train(job: Job, context: Context) -> Outcome:
-    """Trains the job's model from its newest checkpoint, or from fresh weights."""
+def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcome:
+    """Trains the job's model from its newest checkpoint, else from the weights `initial`, else from fresh ones.
+
+    Raises:
+        InputError: the weights of `initial` are of another model, or timm does not take a setting of the recipe.
+    """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    return train(job, context, lambda: _classifier(job), _dataset(job, root, training=True), default_collate)
+    dataset = build_dataset(job, root, training=True)
+    if job.recipe.mixup:
+        dataset = WithNumber(dataset)
+    loaded: list[str] = []
+
+    def build() -> Classifier:
+        network = build_model(job)
+        if initial is not None:
+            loaded.append(start_from(network, initial))
+        return Classifier(network, job.recipe)
+
+    hooks = [Averaging(job.recipe)] if job.recipe.ema else []
+    outcome = train(job, context, build, dataset, default_collate, hooks)
+    if initial is not None:
+        outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": loaded[0]}
+        what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]
+        outcome.notes.append(f"started from the weights of the {what} {job.starts_from['label']}")
+    if job.recipe.linear_probe:
+        outcome.notes.append("linear probe: the classifier alone was trained")
+    return outcome
 
 
 def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     """Top-1 and top-5 accuracy on the validation images, beside that of always naming the most frequent class."""
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    dataset = _dataset(job, root, training=False)
-    model, batch_size = _classifier(job), job.recipe.batch_size
+    dataset = build_dataset(job, root, training=False)
+    model, batch_size = Classifier(build_model(job), job.recipe), job.recipe.batch_size
     metrics = evaluate(job, context, model, weights, dataset, default_collate, batch_size, TopK())
-    frequencies = Counter(label for _, label in dataset.reader.samples)
+    frequencies = Counter(dataset.labels)
     baseline = 100.0 * max(frequencies.values()) / frequencies.total()
-    return Outcome(metrics={**metrics, "baseline_top1": baseline}, details={"images": frequencies.total()})
+    evaluated = "the moving average of the weights" if job.recipe.ema else "the weights of the last iteration"
+    return Outcome(
+        metrics={**metrics, "baseline_top1": baseline},
+        details={"images": frequencies.total(), "evaluated": evaluated},
+    )
 
 
-def _classifier(job: Job) -> Classifier:
-    return Classifier(build_model(job), job.recipe.label_smoothing)
+def start_from(network: nn.Module, weights: Path) -> str:
+    """Fills `network` with the finished weights of another training; returns in one line what was taken.
+
+    Averaged weights are taken before others, and the encoder of an autoencoder. The classifier, which an autoencoder
+    lacks and other classes do not fit, may keep its fresh weights.
+
+    Raises:
+        InputError: another part of the network got no weights.
+    """
+    report = zoo.load_published(network, load_file(weights))
+    fresh = (network.pretrained_cfg["classifier"], "fc_norm")
+    lacking = [name for name in (*report.missing, *report.mismatched) if not name.startswith(fresh)]
+    if lacking:
+        raise InputError(f"{weights} has no fitting weights for {', '.join(lacking[:3])}; start from the same model")
+    return str(report)
 
 
-def _dataset(job: Job, root: Path, training: bool) -> Dataset:
-    """timm's dataset over ImageNet's folder layout (`split/class/image`), with the recipe's transforms."""
-    described = data.describe(job.data)
+class WithNumber(Dataset):
+    """The items of `dataset`, each with a number for `Mixing`, drawn as the item's augmentation is."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return *self.dataset[index], int(torch.randint(2**62, ()))
+
+
+def build_dataset(job: Job, root: Path, training: bool) -> Images:
+    """The images of a split in ImageNet's layout, with the recipe's transforms."""
+    return open_images(data.describe(job.data), root, training, build_transform(job, training))
+
+
+def build_transform(job: Job, training: bool) -> Any:
+    """timm's transforms of the recipe, for training or evaluation. Raises InputError for what timm does not take."""
     arguments = job.recipe.augmentation if training else job.recipe.evaluation
     try:
-        transform = create_transform(input_size=(3, *job.input_size), is_training=training, **arguments)
+        return create_transform(input_size=(3, *job.input_size), is_training=training, **arguments)
     except TypeError as error:
         raise InputError(f"recipe: timm's create_transform does not take these settings: {error}") from error
-    split = described.training if training else described.validation
-    return create_dataset("", root=str(root), split=split, transform=transform)
+
+
+def _mixing(network: nn.Module, recipe: Recipe) -> BaseDataPreprocessor | None:
+    if not recipe.mixup:
+        return None
+    try:
+        mixup = Mixup(num_classes=network.num_classes, label_smoothing=recipe.label_smoothing, **recipe.mixup)
+    except TypeError as error:
+        raise InputError(f"recipe.mixup: timm's Mixup does not take these settings: {error}") from error
+    return Mixing(mixup, with_mask=recipe.distillation_alpha is not None)
+
+
+def _average(network: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
+    if not recipe.ema:
+        return None
+    try:
+        return ModelEmaV3(network, **recipe.ema).requires_grad_(False)
+    except TypeError as error:
+        raise InputError(f"recipe.ema: timm's ModelEmaV3 does not take these settings: {error}") from error
+
+
+def _make_probe(network: nn.Module) -> None:
+    """Freezes all but a new classifier behind a batch norm without parameters, as He et al. (2022), A.1, probe."""
+    network.requires_grad_(False)
+    linear = network.get_classifier().requires_grad_(True)
+    norm = nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6)
+    network.set_submodule(network.pretrained_cfg["classifier"], nn.Sequential(norm, linear))

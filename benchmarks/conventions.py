@@ -153,14 +153,14 @@ HIRI_VIT_DENSE = Convention(
     without_products,
 )
 
+CONVENTIONS = (HRVIT, HRFORMER, HRFORMER_POSE, HIVIT, HIRI_VIT, HIRI_VIT_DENSE)
+
 
 def paper_convention(model: nn.Module) -> Convention | None:
     """The convention of the paper that `model` is from: a model of the zoo or a segmentor over it; None for others."""
     backbone = next((module for module in model.modules() if isinstance(module, Backbone)), None)
     match getattr(backbone, "family", None):
         case "HRViT":
-            return HRVIT
-        case "CSWin" if hasattr(model, HEAD):  # HRViT's Tables 4 and 9 count it; the classifier is others' baseline
             return HRVIT
         case "HRFormer":
             return HRFORMER_POSE if backbone.config.bilinear_fusion else HRFORMER

@@ -1,17 +1,15 @@
-"""What both tasks share around mmengine's Runner: seeded data, safe checkpoints, exact resumption, progress.
+"""What all tasks share around mmengine's Runner: the loop, its hooks, exact resumption, options, progress.
 
 An interrupted training that goes on from its last checkpoint ends with the same weights as one that was never
-interrupted: the data of step n depend on the seed and n alone (`NumberedSampler`, `SeededDataset`), and the state of
-the generator that dropout and drop path use travels in the checkpoint (`JobHook`).
+interrupted: the data of step n, and the random numbers that its dropout, drop path or mixing draw, depend on the seed,
+n and the process alone (`benchmarks.draws`, `JobHook`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import random
+import importlib.util
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,22 +17,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dataset import DefaultSampler
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, barrier, broadcast_object_list, get_rank, get_world_size, is_main_process
 from mmengine.evaluator import BaseMetric
-from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
-from benchmarks.job import Job
+from benchmarks import checkpoints
+from benchmarks.checkpoints import WEIGHTS
+from benchmarks.distributed import wrap
+from benchmarks.draws import loader, seed_generators, training_loader
+from benchmarks.errors import Blocked, InputError
+from benchmarks.job import TRAININGS, Job
 from benchmarks.optimizer import build_optimizer
-
-WEIGHTS = "weights.safetensors"
-TEMPORARY = ".tmp"  # the lock of a job keeps two writers apart
 
 
 @dataclass(frozen=True)
@@ -64,119 +66,62 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
-class NumberedSampler(InfiniteSampler):
-    """mmengine's InfiniteSampler that yields `(number, index)`: the draw's number in the stream and what was drawn."""
+class StepLoop(IterBasedTrainLoop):
+    """mmengine's loop, one iteration of which is one step of the optimizer, however many forwards the step takes.
 
-    def _infinite_indices(self) -> Iterator[tuple[int, int]]:
-        return enumerate(super()._infinite_indices())
-
-
-class SeededDataset(Dataset):
-    """Augments draw `(number, index)` of `dataset` with random generators that depend on `seed` and `number` alone.
-
-    The generators of Python, NumPy and PyTorch are put back afterwards, so that data and model do not disturb each
-    other: the model's drop path is the same whatever the augmentation draws.
+    A batch is a list of parts where `accumulate` is above 1. The losses that hooks see are those of the whole batch:
+    means over its parts and over the processes.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset = dataset
-        self.seed = seed
-        self.metainfo = getattr(dataset, "metainfo", {})
+    def __init__(self, runner: Runner, dataloader: Any, max_iters: int, accumulate: int = 1):
+        super().__init__(runner, dataloader, max_iters)
+        self.accumulate = accumulate
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def run(self) -> torch.nn.Module:
+        counts = self.iter * self.accumulate, self.max_iters * self.accumulate
+        self.runner.optim_wrapper.initialize_count_status(self.runner.model, *counts)
+        return super().run()
 
-    def __getitem__(self, draw: tuple[int, int]) -> Any:
-        number, index = draw
-        with seeded(self.seed, number):
-            return self.dataset[index]
-
-
-def _training_loader(job: Job, dataset: Dataset, collate: Callable) -> DataLoader:
-    """Batches of the recipe's size for a training, without end, in an order that depends on the seed alone."""
-    seeded_dataset = SeededDataset(dataset, job.seed)
-    sampler = NumberedSampler(seeded_dataset, seed=job.seed)
-    return _loader(job, seeded_dataset, job.recipe.batch_size, collate, sampler=sampler, drop_last=True)
-
-
-def _loader(job: Job, dataset: Dataset, batch_size: int, collate: Callable, **settings: Any) -> DataLoader:
-    workers = job.recipe.workers
-    return DataLoader(
-        dataset, batch_size, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate, **settings
-    )
+    def run_iter(self, data_batch: Any) -> None:
+        runner = self.runner
+        runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
+        parts = [data_batch] if self.accumulate == 1 else data_batch
+        losses = [runner.model.train_step(part, optim_wrapper=runner.optim_wrapper) for part in parts]
+        outputs = losses[0]
+        if self.accumulate > 1 or get_world_size() > 1:
+            values = torch.stack([torch.stack([v.detach().float() for v in part.values()]) for part in losses]).mean(0)
+            all_reduce(values, op="mean")
+            outputs = dict(zip(outputs, values, strict=True))
+        runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs)
+        self._iter += 1
 
 
-@contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Seeds Python's, NumPy's and PyTorch's (CPU) generators from `entropy` within the block only."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))  # noqa: NPY002 - mmsegmentation's transforms draw from this generator
-    torch.manual_seed(int(words[2]))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+class BFloat16OptimWrapper(OptimWrapper):
+    """Forwards in bfloat16 where PyTorch deems it safe, on any device. Its range is float32's: no loss is scaled.
 
+    mmengine's AmpOptimWrapper, which float16 takes, wants a GPU and a scaler.
+    """
 
-class AtomicBackend(LocalBackend):
-    """Local files that are there in full or not at all: a kill while writing leaves the file of before."""
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        # First the digest: a checkpoint without one counts as damaged, since torch.load does not notice flipped bits.
-        write_atomically(_digest_file(Path(filepath)), hashlib.sha256(obj).hexdigest().encode())
-        write_atomically(Path(filepath), obj)
-
-
-def _digest_file(checkpoint: Path) -> Path:
-    return checkpoint.with_suffix(".sha256")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that any reader, at any moment and after any crash, sees the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_checkpoint_safely(filename: str, map_location: Any = None, logger: Any = None) -> dict[str, Any]:
-    """torch.load that never unpickles: mmengine's own loader falls back to doing so."""
-    return torch.load(filename, map_location=map_location, weights_only=True)
-
-
-def install_engine() -> None:
-    """Makes mmengine write checkpoints atomically and read them without unpickling (idempotent, per process)."""
-    register_backend("atomic", AtomicBackend, force=True)
-    CheckpointLoader.register_scheme(prefixes="", loader=load_checkpoint_safely, force=True)
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast(get_device(), torch.bfloat16):
+            yield
 
 
 class JobHook(Hook):
-    """Says how far a job is, stops at a loss that is not a number, and makes checkpoints that resume exactly.
+    """Says how far a job is, stops at a loss that is not a number, and makes trainings that resume exactly.
 
-    A checkpoint also holds the generators' state, put back at the first step after a resumption, and the last losses.
+    Each step seeds the generators anew from the job's seed, the step and the process, so that no generator's state
+    has to be kept. A checkpoint also holds the last losses.
     """
 
-    def __init__(self, context: Context):
+    def __init__(self, context: Context, seed: int):
         self.context = context
+        self.seed = seed
         self.losses: deque[float] = deque(maxlen=20)
-        self._generators: dict[str, Any] | None = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint["losses"] = list(self.losses)
-        checkpoint["generators"] = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
         # Of mmengine's message hub only what can be read back without unpickling: no histories, no NumPy scalars.
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = {}
@@ -186,14 +131,10 @@ class JobHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.losses.extend(checkpoint["losses"])
-        self._generators = checkpoint["generators"]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        if self._generators is not None:
-            torch.set_rng_state(self._generators["cpu"].cpu())
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self._generators["cuda"]])
-            self._generators = None
+        # One more than the rank: NumPy takes (seed, step, 0) for (seed, step), which is the seed of a draw.
+        seed_generators(self.seed, batch_idx, 1 + get_rank())
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         loss = float(outputs["loss"])
@@ -206,11 +147,16 @@ class JobHook(Hook):
         self.context.progress({"fraction": (batch_idx + 1) / len(runner.val_dataloader), "text": "evaluating"})
 
 
-def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings: Any) -> Runner:
-    """An mmengine Runner with the suite's hooks. `settings` are Runner's own: data loaders, loops, evaluators."""
-    install_engine()
+def build_runner(
+    job: Job, context: Context, model: torch.nn.Module, hooks: Sequence[Hook] = (), **settings: Any
+) -> Runner:
+    """An mmengine Runner with the suite's hooks and `hooks`, of this process or of its process group.
+
+    `settings` are Runner's own: data loaders, loops, evaluators.
+    """
+    checkpoints.install()
     recipe = job.recipe
-    hooks: dict[str, Any] = {
+    default_hooks: dict[str, Any] = {
         "timer": {"type": "IterTimerHook"},
         "logger": {
             "type": "LoggerHook",
@@ -222,8 +168,8 @@ def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings:
         "runtime_info": {"type": "RuntimeInfoHook"},
         "checkpoint": None,
     }
-    if job.stage == "train":
-        hooks["checkpoint"] = {
+    if job.stage in TRAININGS:
+        default_hooks["checkpoint"] = {
             "type": "CheckpointHook",
             "interval": recipe.checkpoint_every,
             "by_epoch": False,
@@ -231,22 +177,43 @@ def build_runner(job: Job, context: Context, model: torch.nn.Module, **settings:
             "max_keep_ckpts": 2,  # mmengine removes the oldest before it writes the next
             "backend_args": {"backend": "atomic"},
         }
+    distributed = torch.distributed.is_initialized()
     return Runner(
-        model=model,
+        model=wrap(model) if distributed else model,
         work_dir=str(context.folder(job.key)),
-        default_hooks=hooks,
-        custom_hooks=[JobHook(context)],
+        launcher="pytorch" if distributed else "none",  # the process group is there already
+        default_hooks=default_hooks,
+        custom_hooks=[JobHook(context, job.seed), *hooks],
         default_scope="mmseg",
         randomness={"seed": job.seed},
         experiment_name=job.key,
         log_processor={"by_epoch": False},
         env_cfg={"cudnn_benchmark": False},
+        visualizer={"type": "Visualizer", "vis_backends": _curves(job)},
         **settings,
     )
 
 
+def _curves(job: Job) -> list[dict[str, Any]]:
+    """Where the curves of a training go: a JSON file and TensorBoard's; elsewhere only if the recipe says so."""
+    backends: list[dict[str, Any]] = [{"type": "LocalVisBackend"}]
+    if job.stage not in TRAININGS:
+        return backends
+    backends.append({"type": "TensorboardVisBackend"})
+    if project := job.recipe.engine.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                f"recipe.engine.wandb is '{project}', but wandb is not installed; "
+                "pip install 'hires-vit-benchmark[wandb]', or wandb=null"
+            )
+        backends.append({"type": "WandbVisBackend", "init_kwargs": {"project": project, "name": job.key}})
+    return backends
+
+
 def forget_runners() -> None:
     """Closes what mmengine keeps by name for the life of the process: a second job must not find that of the first."""
+    for visualizer in Visualizer._instance_dict.values():
+        visualizer.close()
     for logger in MMLogger._instance_dict.values():
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
@@ -261,7 +228,7 @@ def param_scheduler(job: Job) -> list[dict[str, Any]]:
     warmup, total = recipe.warmup_iterations, recipe.iterations
     decay: dict[str, Any] = {"eta_min": recipe.minimum_learning_rate, "begin": warmup, "end": total, "by_epoch": False}
     if recipe.schedule == "poly":
-        decay |= {"type": "PolyLR", "power": 1.0}
+        decay |= {"type": "PolyLR", "power": recipe.poly_power}
     else:
         decay |= {"type": "CosineAnnealingLR", "T_max": total - warmup}
     if not warmup:
@@ -270,62 +237,142 @@ def param_scheduler(job: Job) -> list[dict[str, Any]]:
 
 
 def _optim_wrapper(job: Job, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """mmengine's optimizer wrapper: gradient clipping, and automatic mixed precision where the job asks for it."""
-    clip = job.recipe.clip_gradient_norm
-    return {
-        "type": "AmpOptimWrapper" if job.precision == "amp" else "OptimWrapper",
+    """mmengine's optimizer wrapper: accumulation, gradient clipping, and the job's precision."""
+    recipe = job.recipe
+    norm, value = recipe.clip_gradient_norm, recipe.clip_gradient_value
+    clip = {"max_norm": norm} if norm is not None else {"type": "value", "clip_value": value}
+    wrapper: dict[str, Any] = {
+        "type": OptimWrapper,
         "optimizer": optimizer,
-        "clip_grad": None if clip is None else {"max_norm": clip},
+        "accumulative_counts": recipe.engine.accumulate,
+        "clip_grad": None if norm is None and value is None else clip,
     }
+    if job.precision == "bfloat16":
+        wrapper["type"] = BFloat16OptimWrapper
+    elif job.precision == "float16":
+        if not torch.cuda.is_available():
+            raise Blocked("precision float16 needs a GPU, and this machine has none; bfloat16 does without")
+        wrapper |= {"type": "AmpOptimWrapper", "dtype": "float16"}
+    return wrapper
 
 
-def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint in `folder`; a damaged one is reported by name and set aside."""
-    found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.removeprefix("iter_")), reverse=True)
-    for path in found:
-        digest = _digest_file(path)
-        if digest.is_file() and digest.read_text() == sha256(path):
-            return path
-        aside = path.with_suffix(".damaged")
-        os.replace(path, aside)
-        report(f"the checkpoint {path} is damaged: set aside as {aside.name}")
-    return None
+def _with_options(job: Job, model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with the recipe's options: they change its speed and memory, not what it computes."""
+    engine = job.recipe.engine
+    # The heads are small, and mmsegmentation's take lists of objects: the options are for what is large.
+    network = next(
+        (part for name in ("backbone", "network") if (part := getattr(model, name, None)) is not None), model
+    )
+    if engine.gradient_checkpointing:
+        able = next((part for part in network.modules() if hasattr(part, "set_grad_checkpointing")), None)
+        try:
+            if able is None:
+                raise AssertionError("it has no such method")
+            able.set_grad_checkpointing(True)
+        except (AssertionError, NotImplementedError) as error:
+            raise InputError(f"{job.model} cannot do gradient_checkpointing: {error}; leave it out") from error
+    if engine.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if engine.compile:
+        network.compile()  # in place: the names of the weights stay
+    return model
 
 
-def train(
-    job: Job, context: Context, build_model: Callable[[], torch.nn.Module], dataset: Dataset, collate: Callable
-) -> Outcome:
-    """Trains from the newest checkpoint, or from fresh weights, and keeps the finished weights as safetensors."""
-    folder = context.folder(job.key)
-    for leftover in folder.glob(f"*{TEMPORARY}"):  # of a process that was killed while it wrote
-        leftover.unlink()
-    checkpoint = newest_checkpoint(folder, context.report)
-    model = build_model()
-    runner = build_runner(
+def training_runner(
+    job: Job,
+    context: Context,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    collate: Callable,
+    hooks: Sequence[Hook] = (),
+    checkpoint: Path | None = None,
+) -> Runner:
+    """mmengine's Runner for a training, from `checkpoint` on or from the model's weights; `train` has the arguments."""
+    accumulate = job.recipe.engine.accumulate
+    return build_runner(
         job,
         context,
-        model,
-        train_dataloader=_training_loader(job, dataset, collate),
-        train_cfg={"type": "IterBasedTrainLoop", "max_iters": job.recipe.iterations},
+        _with_options(job, model),
+        hooks,
+        train_dataloader=training_loader(job, dataset, collate),
+        train_cfg={"type": StepLoop, "max_iters": job.recipe.iterations, "accumulate": accumulate},
         optim_wrapper=_optim_wrapper(job, build_optimizer(job, model)),
         param_scheduler=param_scheduler(job),
         load_from=None if checkpoint is None else str(checkpoint),
         resume=checkpoint is not None,
     )
+
+
+def train(
+    job: Job,
+    context: Context,
+    build_model: Callable[[], torch.nn.Module],
+    dataset: Dataset,
+    collate: Callable,
+    hooks: Sequence[Hook] = (),
+) -> Outcome:
+    """Trains from the newest checkpoint, or from fresh weights, and keeps the finished weights as safetensors.
+
+    Within a process group it trains on all processes of it; each returns the same outcome.
+
+    Args:
+        job: The training.
+        context: Where to write, and whom to tell.
+        build_model: Makes the model, in mmengine's terms (`train_step`).
+        dataset: Maps an index to an augmented sample.
+        collate: Makes a batch of samples.
+        hooks: mmengine's, beside the suite's; what they need for an exact resumption they put into the checkpoint.
+
+    Raises:
+        FloatingPointError: the loss is no longer a number.
+        Blocked: the machine lacks what the precision needs.
+        InputError: the model cannot do what an option asks for.
+    """
+    folder = context.folder(job.key)
+    found = [None]
+    if is_main_process():
+        checkpoints.remove_leftovers(folder)
+        found = [checkpoints.newest_checkpoint(folder, context.report)]
+    broadcast_object_list(found)
+    checkpoint = found[0]
+    runner = training_runner(job, context, build_model(), dataset, collate, hooks, checkpoint)
     runner.train()
     losses = next(hook.losses for hook in runner.hooks if isinstance(hook, JobHook))
-    digest = save_weights(runner.model, folder / WEIGHTS)
-    for path in [*folder.glob("iter_*.pth"), *folder.glob("iter_*.sha256")]:  # hundreds of MB, and of no more use
-        path.unlink()
+    trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if is_main_process():
+        checkpoints.save_weights(trained, folder / WEIGHTS)
+        checkpoints.discard(folder)
+    barrier()
     return Outcome(
         metrics={"final_loss": sum(losses) / len(losses), "iterations": job.recipe.iterations},
         details={
             "final_loss": f"mean of the last {len(losses)} iterations",
-            "weights_sha256": digest,
+            "weights_sha256": checkpoints.sha256(folder / WEIGHTS),
             "resumed_from": None if checkpoint is None else checkpoint.name,
+            "engine": _how(job),
         },
-        artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}"},
+        artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}", "curves": f"jobs/{job.key}/{Path(runner.log_dir).name}"},
+        notes=_notes(trained),
     )
+
+
+def _how(job: Job) -> dict[str, Any]:
+    """How a training ran, for its record: what the machine decided rather than the recipe."""
+    gpu = torch.cuda.is_available()
+    how = {
+        "processes": get_world_size(),
+        "accumulate": job.recipe.engine.accumulate,
+        "images_per_forward": job.recipe.batch_size // get_world_size() // job.recipe.engine.accumulate,
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+    }
+    return how | ({"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6} if gpu else {})
+
+
+def _notes(model: torch.nn.Module) -> list[str]:
+    apart = get_world_size() > 1 and not torch.cuda.is_available()
+    if apart and any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return ["batch norms saw the images of one process only: PyTorch synchronises them on GPUs alone"]
+    return []
 
 
 def evaluate(
@@ -338,26 +385,12 @@ def evaluate(
     batch_size: int,
     metric: BaseMetric,
 ) -> dict[str, float]:
-    """The metrics of `model` with the finished `weights` on every image of `dataset`."""
+    """The metrics of `model` with the finished `weights` on every image of `dataset`, in float32.
+
+    Within a process group each process takes its part of the images, and returns the metrics over all of them.
+    """
     model.load_state_dict(load_file(weights))
-    loader = _loader(job, dataset, batch_size, collate, sampler=DefaultSampler(dataset, shuffle=False))
-    settings = {"val_dataloader": loader, "val_cfg": {"type": "ValLoop"}, "val_evaluator": [metric]}
+    metric.collect_dir = str(context.folder(job.key) / "collected")  # mmengine's default is the current directory
+    images = loader(job, dataset, batch_size, collate, sampler=DefaultSampler(dataset, shuffle=False))
+    settings = {"val_dataloader": images, "val_cfg": {"type": "ValLoop"}, "val_evaluator": [metric]}
     return {name: float(value) for name, value in build_runner(job, context, model, **settings).val().items()}
-
-
-def save_weights(model: torch.nn.Module, path: Path) -> str:
-    """Writes a model's state as safetensors, atomically; returns the file's SHA-256."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
-        digest = sha256(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The two errors that a user of the benchmarks may see; each is one clear line."""
+"""The errors that a user of the benchmarks may see; each is one clear line."""
 
 import difflib
 from collections.abc import Iterable
@@ -23,6 +23,16 @@ class Blocked(Exception):
     def __reduce__(self):
         # The default would drop the keyword arguments, and the error has to travel between processes.
         return _rebuild_blocked, (str(self), self.looked_in, self.how_to_get)
+
+
+class Damaged(Blocked):
+    """A file of a dataset cannot be used. The message names the file.
+
+    A data loader's worker process wraps the message into its traceback; what is kept of that is the last line.
+    """
+
+    def __init__(self, reason: str, **where: str):
+        super().__init__(reason.rpartition(f"{type(self).__name__}: ")[2].strip(), **where)
 
 
 def _rebuild_blocked(reason: str, looked_in: str, how_to_get: str) -> Blocked:

@@ -10,41 +10,79 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-STAGES = ("cost", "speed", "train", "evaluate")
+STAGES = ("cost", "speed", "pretrain", "train", "evaluate")
+TRAININGS = ("pretrain", "train")  # the stages that leave weights behind
 TASKS = ("classification", "segmentation")
 BARE = "bare"  # no head: the maps of the backbone, for cost and speed alone
 HEADS = ("segformer", "upernet", "ocr", BARE)
 SCHEDULES = ("poly", "cosine")
-PRECISIONS = ("float32", "amp")
+PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by automatic mixed precision
 
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
-METHOD_VERSION = {"cost": 2, "speed": 1, "train": 1, "evaluate": 1}
+METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 1, "train": 2, "evaluate": 1}
 
 # Of one CPU core in a training, measured on the demo's models; live views correct it as they go.
 MACS_PER_SECOND = 20e9
 
 
 @dataclass
+class Engine:
+    """How trainings and evaluations run on a machine: what the machine has, not what is compared.
+
+    Not part of a job's key, since a job that was begun on one machine may end on another: processes, checkpointing,
+    channels_last and compile leave the batch, the draws and the formulas as they are. They change the order of
+    floating-point sums, and processes the stream of random numbers that drop path and dropout take, as another seed
+    would. `accumulate` is part of it if it is not 1: a batch norm sees a part of the batch then. The record tells all.
+    """
+
+    processes: int = 1  # a GPU each, or `threads` CPU threads each; `batch_size` is shared among them
+    accumulate: int = 1  # forwards of a process per step of the optimizer: less memory
+    gradient_checkpointing: bool = False  # less memory for a second forward; the same numbers
+    channels_last: bool = False
+    compile: bool = False  # the network by torch.compile
+    wandb: str | None = None  # a project at Weights & Biases that gets the curves; null: never contacted
+
+
+@dataclass
 class Recipe:
-    """How a model is trained. Learning rates are those at `batch_size` images per step, over all devices."""
+    """How a model is trained. Learning rates are those at `batch_size` images per step over all devices, unless said.
+
+    A field that stands at its default is no part of a job's key, so that a field added later changes no key. Whoever
+    changes a default raises `METHOD_VERSION`.
+    """
 
     iterations: int = 160_000
     batch_size: int = 16
     optimizer: str = "adamw"  # a name that timm.optim.create_optimizer_v2 knows
+    optimizer_options: dict[str, Any] = field(default_factory=dict)  # more of its arguments (betas, momentum, ...)
     learning_rate: float = 6e-5
+    learning_rate_images: int | None = None  # the learning rate is that for so many images per step, scaled linearly
     weight_decay: float = 0.01  # not applied to norms, biases and what the model's no_weight_decay() names
     warmup_iterations: int = 1500  # linear, from a thousandth of the learning rate
-    schedule: str = "poly"  # "poly" (power 1) or "cosine", both to `minimum_learning_rate`
+    schedule: str = "poly"  # "poly" or "cosine", both to `minimum_learning_rate`
+    poly_power: float = 1.0  # 1: a straight line
     minimum_learning_rate: float = 0.0
     head_learning_rate_multiplier: float = 1.0  # segmentation: the decode head learns so much faster
+    layer_decay: float | None = None  # each layer of the backbone learns so much more slowly than the one after it
     clip_gradient_norm: float | None = None
+    clip_gradient_value: float | None = None
     label_smoothing: float = 0.0  # classification
+    mixup: dict[str, Any] = field(default_factory=dict)  # arguments of timm.data.Mixup; empty: no Mixup, no CutMix
+    ema: dict[str, Any] = field(default_factory=dict)  # of timm.utils.ModelEmaV3, evaluated then; empty: no averaging
+    distillation_alpha: float | None = None  # weight of the label beside what the average of the weights predicts
+    linear_probe: bool = False  # classification: all but the classifier stays as it is
     drop_path_rate: float | None = None  # None: the model's own default
     augmentation: dict[str, Any] = field(default_factory=dict)  # see benchmarks.classification and .segmentation
     evaluation: dict[str, Any] = field(default_factory=dict)  # likewise
     checkpoint_every: int = 2000  # iterations
     threads: int = 1  # CPU threads; they decide the order of floating-point sums, and with it the last digits
-    workers: int = 0  # data-loading processes
+    workers: int = 0  # data-loading processes, of each training process
+    engine: Engine = field(default_factory=Engine)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at `batch_size` images per step, after warm-up."""
+        return self.learning_rate * (self.batch_size / self.learning_rate_images if self.learning_rate_images else 1.0)
 
 
 @dataclass
@@ -81,6 +119,7 @@ class Job:
     recipe: Recipe | None = None
     speed: SpeedSettings | None = None
     depends_on: tuple[str, ...] = ()  # keys of the jobs that must be done before
+    starts_from: Mapping[str, Any] | None = None  # `description` of the training whose weights this one starts from
 
     def content(self) -> dict[str, Any]:
         """All that decides the outcome, as plain JSON data (what a stage does not use is left out)."""
@@ -98,21 +137,33 @@ class Job:
         }
         if self.stage == "speed":
             content["speed"] = asdict(self.speed)
-        if self.stage in ("train", "evaluate"):
+        if self.stage in (*TRAININGS, "evaluate"):
             content |= {
                 "precision": self.precision,
                 "seed": self.seed,
                 "data": self.data,
                 "data_version": self.data_version,
                 "data_options": dict(self.data_options),
-                "recipe": {name: value for name, value in asdict(self.recipe).items() if name not in self._unused()},
+                "recipe": self._recipe(),
                 "depends_on": list(self.depends_on),
             }
+            if self.recipe.engine.accumulate != 1:
+                content["recipe"]["accumulate"] = self.recipe.engine.accumulate
+            if self.starts_from is not None:
+                content["starts_from"] = dict(self.starts_from)
         return json.loads(json.dumps(content, sort_keys=True))
 
-    def _unused(self) -> set[str]:
-        """Fields of the recipe that do not decide the outcome of this stage."""
-        return {"checkpoint_every", "workers"} | ({"evaluation"} if self.stage == "train" else set())
+    def description(self) -> dict[str, Any]:
+        """The content less the seed and the keys that follow from it: the same for all repetitions."""
+        return {name: value for name, value in self.content().items() if name not in ("seed", "depends_on")}
+
+    def _recipe(self) -> dict[str, Any]:
+        """What of the recipe decides the outcome of this stage, less what stands at its default."""
+        unused = {"checkpoint_every", "workers", "engine"} | ({"evaluation"} if self.stage in TRAININGS else set())
+        default = asdict(type(self.recipe)())
+        return {
+            name: value for name, value in asdict(self.recipe).items() if name not in unused and value != default[name]
+        }
 
     @cached_property
     def key(self) -> str:
@@ -140,12 +191,17 @@ def scheduling(job: Job, macs: Mapping[tuple[str, str], float]) -> dict[str, Any
         (a training step counts as three forwards).
     """
     forward = macs.get((job.task, job.label), 1e9) / MACS_PER_SECOND
-    if job.stage == "train":
+    if job.stage in TRAININGS:
         recipe = job.recipe
-        seconds = 3 * forward * recipe.batch_size * recipe.iterations / recipe.threads
-        return {"cpus": recipe.threads, "alone": False, "seconds": seconds}
+        cpus = recipe.threads * recipe.engine.processes
+        seconds = 3 * forward * recipe.batch_size * recipe.iterations / cpus
+        return {"cpus": cpus, "alone": False, "seconds": seconds}
     if job.stage == "evaluate":
-        return {"cpus": job.recipe.threads, "alone": False, "seconds": 1.0 + 1000 * forward / job.recipe.threads}
+        cpus = job.recipe.threads * job.recipe.engine.processes
+        settings = job.recipe.evaluation
+        several = (2 if settings.get("flip") else 1) * sum(scale**2 for scale in settings.get("scales", ()))
+        seconds = 1.0 + 1000 * forward * (1 + several) / cpus
+        return {"cpus": cpus, "alone": False, "seconds": seconds}
     if job.stage == "speed":
         return {"cpus": 1, "alone": True, "seconds": 2.0 + 2 * job.speed.max_seconds}
     return {"cpus": 0, "alone": False, "seconds": 1.0}

@@ -11,7 +11,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from benchmarks import cost
-from benchmarks.conventions import paper_convention
+from benchmarks.conventions import CONVENTIONS, paper_convention
+from benchmarks.distributed import measure_in_processes
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
 from benchmarks.job import Job
@@ -21,12 +22,12 @@ from benchmarks.trace import on_meta
 
 
 def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None) -> Outcome:
-    """Does the job.
+    """Does the job; a training or an evaluation in as many processes as its recipe says.
 
     Args:
         job: What to measure.
         context: Where to read and write, and whom to tell.
-        trained: For an evaluation, the artifacts of the training that it depends on.
+        trained: The artifacts of the training that the job depends on, where it depends on one.
 
     Raises:
         Blocked: what the job needs is not there.
@@ -38,20 +39,24 @@ def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None
             return _cost(job)
         if job.stage == "speed":
             return _speed(job)
-        with _deterministic(job):
-            if job.stage == "train":
-                return _task(job).run_train(job, context)
+        if job.recipe.engine.processes > 1 and not torch.distributed.is_initialized():
+            return measure_in_processes(job, context, trained or {})
+        with deterministic(job):
             weights = context.output / (trained or {}).get("weights", "")
-            if not weights.is_file():
-                raise Blocked(f"the training of {job.label} left no weights", looked_in=str(weights))
-            return _task(job).run_evaluate(job, context, weights)
+            if (job.depends_on or job.stage == "evaluate") and not weights.is_file():
+                raise Blocked(f"the training that {job.label} starts from left no weights", looked_in=str(weights))
+            if job.stage == "evaluate":
+                return _task(job).run_evaluate(job, context, weights)
+            return _task(job).run_train(job, context, **({"initial": weights} if job.depends_on else {}))
     finally:
         forget_runners()
 
 
 def _task(job: Job) -> ModuleType:
-    from benchmarks import classification, segmentation
+    from benchmarks import classification, pretraining, segmentation
 
+    if job.stage == "pretrain":
+        return pretraining
     return {"classification": classification, "segmentation": segmentation}[job.task]
 
 
@@ -70,6 +75,7 @@ def _cost(job: Job) -> Outcome:
         "by_module": counted.by_module,
         "uncounted": counted.uncounted,
     }
+    details["macs_by_convention"] = {way.name: way.macs(model, counted) for way in CONVENTIONS}
     if (convention := paper_convention(model)) is not None:
         metrics["macs_paper"] = convention.macs(model, counted)
         details["paper_convention"] = {"name": convention.name, "text": convention.text}
@@ -132,7 +138,7 @@ def _speed(job: Job) -> Outcome:
 
 
 @contextmanager
-def _deterministic(job: Job) -> Iterator[None]:
+def deterministic(job: Job) -> Iterator[None]:
     """The process as a training of this recipe needs it: its CPU threads, its seed, denormal numbers as zero.
 
     Denormal numbers slow a training on a CPU many times over once its gradients become small.

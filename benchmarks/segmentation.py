@@ -1,13 +1,17 @@
 """Semantic segmentation: any backbone of the zoo in mmsegmentation's segmentors, with its heads and transforms.
 
 `Recipe.augmentation` of a training: `resize` ([width, height], or null to keep the size), `ratio_range` of the random
-rescaling, `crop` (default: the job's input size), `maximum_class_share` of a crop, `flip` (probability),
-`photometric_distortion` (bool). `Recipe.evaluation`: `resize` ([width, height] that the image is fitted into, or null),
-`mode` ("whole" or "slide"), `stride` (of sliding windows of the input size), `size_divisor` (sides are padded to it).
+rescaling, `crop` ([height, width]; default: the job's input size), `maximum_class_share` of a crop, `flip`
+(probability), `photometric_distortion` (bool). `Recipe.evaluation`: `resize` ([width, height] that the image is fitted
+into, or null), `mode` ("whole" or "slide"), `stride` ([height, width] between sliding windows of the input size),
+`size_divisor` (sides are padded to it), `scales` (several, as multiples of `resize`: the image is evaluated a second
+time, as the mean of the class probabilities of all scales) and `flip` (bool: each of these scales mirrored too).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,15 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModule
-from mmseg.datasets import ADE20KDataset, BaseSegDataset
+from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
-from mmseg.models import EncoderDecoder
+from mmseg.models import EncoderDecoder, SegTTAModel
 
 import zoo
 from benchmarks import data, heads
+from benchmarks.data.scenes import LoadImage, LoadLabels, open_scenes
 from benchmarks.engine import Context, Outcome, evaluate, train
+from benchmarks.errors import InputError, choose
 from benchmarks.job import BARE, Job
 
 # ImageNet's statistics in units of 8-bit pixels, RGB.
@@ -54,8 +60,10 @@ def build_model(job: Job) -> EncoderDecoder | ZooBackbone:
         return backbone
     parts = heads.settings(job.head, backbone.channels, job.num_classes, job.head_config)
     evaluation = job.recipe.evaluation if job.recipe is not None else {}
-    test = {"mode": evaluation.get("mode", "whole")}
+    test = {"mode": choose("mode", evaluation.get("mode", "whole"), ("whole", "slide"), "recipe.evaluation")}
     if test["mode"] == "slide":
+        if "stride" not in evaluation:
+            raise InputError("recipe.evaluation: mode slide needs a stride, [height, width] in pixels")
         test |= {"crop_size": job.input_size, "stride": tuple(evaluation["stride"])}
     return parts.pop("type")(
         backbone={"type": lambda: backbone},  # is built already: the heads are made for its channels
@@ -74,26 +82,77 @@ def build_model(job: Job) -> EncoderDecoder | ZooBackbone:
     )
 
 
+class SeveralScales(SegTTAModel):
+    """mmsegmentation's mean over scales and flips, in the place of a segmentor that the engine evaluates."""
+
+    def val_step(self, data: dict) -> list:
+        return self.test_step(data)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        return self.module.load_state_dict(state_dict, *arguments, **options)
+
+
 def run_train(job: Job, context: Context) -> Outcome:
-    """Trains the job's segmentor from its newest checkpoint, or from fresh weights."""
+    """Trains the job's segmentor from its newest checkpoint, else from fresh weights.
+
+    Where the model's configuration names a `checkpoint`, the backbone starts from that.
+    """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    return train(job, context, lambda: build_model(job), _dataset(job, root, training=True), pseudo_collate)
+    outcome = train(job, context, lambda: build_model(job), training_data(job, root), pseudo_collate)
+    if checkpoint := job.model_config.get("checkpoint"):
+        outcome.notes.append(f"the backbone started from {checkpoint}")
+    return outcome
 
 
 def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
-    """mIoU, mAcc and aAcc on the validation images, beside the mIoU of one class everywhere (the most frequent)."""
+    """mIoU, mAcc and aAcc on the validation images, beside the mIoU of one class everywhere (the most frequent).
+
+    With `scales` in the recipe's evaluation also mIoU_ms, of several scales.
+    """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    dataset, metric = _dataset(job, root, training=False), IoUMetric(iou_metrics=["mIoU"])
+    model, dataset = build_model(job), evaluation_data(job, root)
+    scales = _scales(job)
+    share = 1 / (1 + len(scales))
     # One image at a time: their sizes differ.
-    metrics = evaluate(job, context, build_model(job), weights, dataset, pseudo_collate, 1, metric)
-    shown = {name: metrics[name] for name in ("mIoU", "mAcc", "aAcc")}
-    return Outcome(metrics={**shown, "baseline_mIoU": _baseline(dataset)}, details={"images": len(dataset)})
+    found = evaluate(
+        job, _part(context, 0, share), model, weights, dataset, pseudo_collate, 1, IoUMetric(iou_metrics=["mIoU"])
+    )
+    metrics = {name: found[name] for name in ("mIoU", "mAcc", "aAcc")} | {"baseline_mIoU": _baseline(dataset)}
+    details: dict[str, Any] = {"images": len(dataset)}
+    if scales:
+        found = evaluate(
+            job,
+            _part(context, share, 1 - share),
+            SeveralScales(model),
+            weights,
+            evaluation_data(job, root, scales),
+            pseudo_collate,
+            1,
+            IoUMetric(iou_metrics=["mIoU"]),
+        )
+        metrics["mIoU_ms"] = found["mIoU"]
+        details["several_scales"] = {"scales": scales, "flip": bool(job.recipe.evaluation.get("flip"))}
+    return Outcome(metrics=metrics, details=details)
+
+
+def _part(context: Context, start: float, length: float) -> Context:
+    """The context of a part of a job, which begins at `start` and is `length` of the whole."""
+    return dataclasses.replace(
+        context, progress=lambda state: context.progress(state | {"fraction": start + length * state["fraction"]})
+    )
+
+
+def _scales(job: Job) -> list[float]:
+    scales = list(job.recipe.evaluation.get("scales", ()))
+    if any(scale <= 0 for scale in scales):
+        raise InputError(f"recipe.evaluation.scales are {scales}; each must be above 0")
+    return scales
 
 
 def _baseline(dataset: BaseSegDataset) -> float:
     """mIoU, in percent, of painting every pixel with the most frequent class of `dataset`'s labels."""
     classes = len(dataset.metainfo["classes"])
-    load = dataset.pipeline.transforms[-2]  # LoadAnnotations, just before the packing
+    load = next(step for step in dataset.pipeline.transforms if isinstance(step, LoadLabels))
     counts = np.zeros(classes, dtype=np.int64)
     for index in range(len(dataset)):
         labels = load(dataset.get_data_info(index))["gt_seg_map"]
@@ -106,58 +165,51 @@ def _baseline(dataset: BaseSegDataset) -> float:
     return 100.0 * float(np.nanmean(metrics["IoU"]))
 
 
-def _dataset(job: Job, root: Path, training: bool) -> BaseSegDataset:
-    """mmsegmentation's dataset over the described folders, with the recipe's transforms."""
-    described = data.describe(job.data)
-    labels = {"type": "LoadAnnotations", "reduce_zero_label": described.reduce_zero_label}
-    augmentation, evaluation = job.recipe.augmentation, job.recipe.evaluation
-    if training:
-        pipeline: list[dict[str, Any]] = [{"type": "LoadImageFromFile"}, labels]
-        if augmentation.get("resize"):
-            pipeline.append(
-                {
-                    "type": "RandomResize",
-                    "scale": tuple(augmentation["resize"]),
-                    "ratio_range": tuple(augmentation.get("ratio_range", (1.0, 1.0))),
-                    "keep_ratio": True,
-                }
-            )
+def training_data(job: Job, root: Path) -> BaseSegDataset:
+    """The training images below `root` with their labels, through the recipe's augmentation."""
+    described, settings = data.describe(job.data), job.recipe.augmentation
+    pipeline: list[Any] = [LoadImage(), LoadLabels(described)]
+    if settings.get("resize"):
         pipeline.append(
             {
-                "type": "RandomCrop",
-                "crop_size": _crop(job),
-                "cat_max_ratio": augmentation.get("maximum_class_share", 1.0),
+                "type": "RandomResize",
+                "scale": tuple(settings["resize"]),
+                "ratio_range": tuple(settings.get("ratio_range", (1.0, 1.0))),
+                "keep_ratio": True,
             }
         )
-        if augmentation.get("flip"):
-            pipeline.append({"type": "RandomFlip", "prob": augmentation["flip"]})
-        if augmentation.get("photometric_distortion"):
-            pipeline.append({"type": "PhotoMetricDistortion"})
-    else:
-        pipeline = [{"type": "LoadImageFromFile"}]
-        if evaluation.get("resize"):
-            pipeline.append({"type": "Resize", "scale": tuple(evaluation["resize"]), "keep_ratio": True})
-        pipeline.append(labels)  # after the resizing: metrics are computed at the labels' own size
-    pipeline.append({"type": "PackSegInputs"})
-    split = described.training if training else described.validation
-    arguments: dict[str, Any] = {
-        "data_root": str(root),
-        "data_prefix": {
-            "img_path": described.images.format(split=split),
-            "seg_map_path": described.annotations.format(split=split),
-        },
-        "ann_file": described.split_list.format(split=split),
-        "img_suffix": described.image_suffix,
-        "seg_map_suffix": described.annotation_suffix,
-        "reduce_zero_label": described.reduce_zero_label,
-        "pipeline": pipeline,
-        "test_mode": not training,
+    share = settings.get("maximum_class_share", 1.0)
+    pipeline.append({"type": "RandomCrop", "crop_size": _crop(job), "cat_max_ratio": share})
+    if settings.get("flip"):
+        pipeline.append({"type": "RandomFlip", "prob": settings["flip"]})
+    if settings.get("photometric_distortion"):
+        pipeline.append({"type": "PhotoMetricDistortion"})
+    return open_scenes(described, root, True, [*pipeline, {"type": "PackSegInputs"}])
+
+
+def evaluation_data(job: Job, root: Path, scales: list[float] | None = None) -> BaseSegDataset:
+    """The validation images below `root` as the recipe's evaluation has them, or each of them at several scales.
+
+    Labels keep their own size, at which metrics are computed.
+    """
+    described, settings = data.describe(job.data), job.recipe.evaluation
+    labels, pack, size = LoadLabels(described), {"type": "PackSegInputs"}, settings.get("resize")
+    if not scales:
+        resize = [{"type": "Resize", "scale": tuple(size), "keep_ratio": True}] if size else []
+        return open_scenes(described, root, False, [LoadImage(), *resize, labels, pack])
+    sizes = [
+        {"scale": tuple(round(side * scale) for side in size)} if size else {"scale_factor": scale} for scale in scales
+    ]
+    several = {
+        "type": "TestTimeAug",
+        "transforms": [
+            [{"type": "Resize", "keep_ratio": True, **size} for size in sizes],
+            [{"type": "RandomFlip", "prob": prob} for prob in ((0.0, 1.0) if settings.get("flip") else (0.0,))],
+            [labels],
+            [pack],
+        ],
     }
-    if job.data == "ade20k":
-        return ADE20KDataset(**arguments)
-    classes = described.classes
-    shades = np.random.default_rng(0).integers(0, 256, (len(classes), 3)).tolist()
-    return BaseSegDataset(metainfo={"classes": classes, "palette": shades}, **arguments)
+    return open_scenes(described, root, False, [LoadImage(), several])
 
 
 def _crop(job: Job) -> tuple[int, int]:

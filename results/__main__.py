@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-COMPLETE, WRONG_INPUT, INCOMPLETE = 0, 1, 2
+COMPLETE, WRONG_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 130
 
 
 class UsageError(Exception):
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command makes the rest.", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         print(f"error: cannot use {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return WRONG_INPUT
@@ -154,9 +157,12 @@ def _publish(options: argparse.Namespace) -> list[str]:
     records, messages = _read(options.output)
     if not records:
         raise UsageError(f"{options.output} has no records: there is nothing to publish")
+    try:
+        target = publish.place(options.output, options.to, options.name or options.output.resolve().name)
+    except publish.PublishError as error:
+        raise UsageError(str(error)) from error
     built = report.build(options.output, **_heading(options), papers=options.papers)
-    name = options.name or options.output.resolve().name
-    folder = publish.publish(options.output, records, built.files, options.to / name, **_heading(options))
+    folder = publish.publish(options.output, records, built.files, target, **_heading(options))
     print(f"Published in {folder}.")
     return [*messages, *built.messages]
 
@@ -169,6 +175,7 @@ def _heading(options: argparse.Namespace) -> dict[str, str]:
         last = json.loads((options.output / STAMP).read_bytes())
     except (OSError, ValueError):
         last = {}
+    last = last if isinstance(last, dict) else {}
     title = getattr(options, "title", None) or last.get("title") or options.output.resolve().name
     return {"title": title, "description": last.get("description") or ""}
 

@@ -104,7 +104,7 @@ def escape_latex(text: str) -> str:
 
 
 def _legend(table: Display) -> str:
-    return ". Bold: the best for its task, data, head and size." if any(map(any, table.best)) else "."
+    return ". Bold: the best for its task, data, head, size and classes." if any(map(any, table.best)) else "."
 
 
 def _escape_markdown(text: str) -> str:

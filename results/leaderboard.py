@@ -16,7 +16,7 @@ from .files import write_atomic
 from .papers import Papers
 from .rebuilt import reported
 from .record import Record
-from .rows import METRIC, Row, started, variant
+from .rows import METRIC, Row, alike, started, variant
 from .tables import KINDS, rows_of
 
 SCHEMA_FILE = Path(__file__).with_name("leaderboard_schema.json")
@@ -37,7 +37,7 @@ def leaderboard(records: Sequence[Record], kind: str, papers: Papers | None = No
     ranks: dict[tuple, int] = {}
     for row in rows_of(records, kind):
         line = _line(row, kind, papers or Papers())
-        group = (row.task, row.data)
+        group = alike(row) if kind == "cost" else (row.task, row.data)
         if _ranked_by(row, kind).value is not None:
             ranks[group] = ranks.get(group, 0) + 1
             line["rank"] = ranks[group]
@@ -104,9 +104,9 @@ def _line(row: Row, kind: str, papers: Papers) -> dict[str, object]:
         "speed_status": row.stages["speed"].status,
         "reason": "; ".join(row.reasons(("cost", "speed", "evaluate") if scored else ("cost", "speed"))),
         "variant": variant(row.records[0]),
-        "num_classes": jobs[0].get("num_classes"),
+        "num_classes": row.num_classes,
         "paper_convention": paper.get("name"),
-        "batch_size": next((job["speed"]["batch_size"] for job in jobs if job.get("speed")), None),
+        "batch_size": next((job["speed"].get("batch_size") for job in jobs if job.get("speed")), None),
         "reported_value": value,
         "reported_in": source,
         "software": ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions),

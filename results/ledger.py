@@ -72,8 +72,14 @@ class Ledger:
         if keys is None:
             # Hidden files are temporaries of writers, living or killed.
             keys = sorted(path.stem for path in self.folder.glob("*.json") if not path.name.startswith("."))
-        found = (self.get(key) for key in dict.fromkeys(keys))
-        records = [record for record in found if record is not None]
+        records = []
+        for key in dict.fromkeys(keys):
+            try:
+                record = self.get(key)
+            except OSError as error:  # a folder of that name, or no permission to read
+                self._report(f"Record {self.path(key)} cannot be read and is not used: {error.strerror or error}.")
+            else:
+                records += [] if record is None else [record]
         remove_stale_temporaries(self.folder)
         return records
 

@@ -254,7 +254,7 @@ def _called(record: Record) -> str:
 
 
 def _stage(record: Record) -> str:
-    return f"{record.stage}, seed {record.seed}" if record.stage in ("train", "evaluate") else record.stage
+    return f"{record.stage}, seed {record.seed}" if record.stage in ("pretrain", "train", "evaluate") else record.stage
 
 
 def _job(record: Record) -> str:

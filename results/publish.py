@@ -11,6 +11,28 @@ from .origin import origin
 from .record import STATUSES, Record
 
 PAGE, REPORT = "README.md", "report.html"
+MARK = SCHEMA_FILE.name  # every publication holds one: a folder without it is somebody else's, and is never replaced
+
+
+class PublishError(ValueError):
+    """The place to publish in is not fit for it; the message is one line."""
+
+
+def place(output: Path, folder: Path, name: str) -> Path:
+    """The folder `name` below `folder` that a publication of `output` may replace.
+
+    Raises `PublishError` for what is no plain name, a place that touches `output`, and a folder of something else.
+    """
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise PublishError(f"'{name}' is no name for a publication; use letters, digits, - and _")
+    target, own = (folder / name).resolve(), output.resolve()
+    if target == own or target in own.parents or own in target.parents:
+        raise PublishError(
+            f"{target} and the results in {own} would lie in one another; publish elsewhere (--to, --name)"
+        )
+    if target.exists() and not (target / MARK).is_file():
+        raise PublishError(f"{target} exists and is no publication; choose another --name, or move it away")
+    return target
 
 
 def publish(
@@ -18,15 +40,16 @@ def publish(
 ) -> Path:
     """Replace `target` by copies of `files` (paths below `output`, of which `records` are the ledger) and a page.
 
-    The page, README.md, shows the plots, links the files and says where the numbers come from. The report itself and
-    the ledger are not copied. Returns `target`; raises `OSError` with the path when something cannot be written.
+    `target` comes from `place`. The page, README.md, shows the plots, links the files and says where the numbers come
+    from. The report itself and the ledger are not copied. Returns `target`; raises `OSError` with the path when
+    something cannot be written.
     """
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     shown = [path.relative_to(output) for path in files if path.name != REPORT]
     for path in shown:
         write_atomic(fresh / path, (output / path).read_bytes())
-    write_atomic(fresh / SCHEMA_FILE.name, SCHEMA_FILE.read_bytes())
+    write_atomic(fresh / MARK, SCHEMA_FILE.read_bytes())
     write_atomic(fresh / PAGE, page(records, shown, title=title, description=description))
     # Whoever reads meanwhile finds the old publication or the new one; a kill in between leaves the new one aside.
     old = target.with_name(f".{target.name}.old")

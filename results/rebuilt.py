@@ -9,15 +9,15 @@ from typing import Any
 
 from .papers import PaperRow, Papers, normalized
 from .record import Record
-from .rows import NOT_RUN, Row, join, started
+from .rows import NOT_RUN, Row, join, rank_key, started
 
 COUNTED, RUN_HERE, REPORTED_ONLY = "counted", "run here", "reported only"
 REPRODUCED, CUT, COMMON = "reproduced", "reproduced (cut, not rounded)", "reproduced (common convention)"
 FOLLOWS = "follows from the rows"
 COSTS, SCORES = ("params_m", "gflops"), ("top1", "miou", "miou_ms")
-_METRIC = {"top1": "top1", "miou": "mIoU"}  # of a record, by column
-# Fields of a configuration that make no other network: its size, its training, and which maps a head reads.
-_NEUTRAL = {"img_size", "strict_img_size", "drop_path_rate", "dense_init"}
+_METRIC = {"top1": "top1", "miou": "mIoU", "miou_ms": "mIoU_ms"}  # of a record, by column
+# Fields of a configuration that make no other network: its size, its training, its weights, which maps a head reads.
+_NEUTRAL = {"img_size", "strict_img_size", "drop_path_rate", "dense_init", "checkpoint", "pretrained"}
 _NEUTRAL |= {"out_indices", "feature_location", "published_taps"}
 
 
@@ -142,7 +142,8 @@ def reproduced(printed: str, value: float | Fraction) -> str:
 def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
     """What a paper prints for the accuracy of a measured row's network, data set and size, and where it does.
 
-    A paper's own number goes before one that a paper quotes. (None, "") where none prints one. A row without a training
+    A paper's own number goes before one that a paper quotes; quotes that contradict each other give no number. (None,
+    "") where none prints one. A row without a training
     has no data set: there the number of classes tells which one is meant.
     """
     job = row.records[0].job
@@ -158,11 +159,24 @@ def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
         and (_same_data(printed, row.data) if row.data else printed.num_classes == job.get("num_classes", 0))
         and _same_network(printed, job)
     ]
-    if not fitting:
+    if not fitting or any(_pretrained(record) for record in row.records):
         return None, ""
-    first = min(fitting, key=lambda printed: printed.texts.get("reported_by") != "own")
-    source = f"{first.paper}, Table {first.table}: {first.label}, {first.texts.get('dataset', '')}"
-    return first.number(column), source.rstrip(", ")
+    own = [printed for printed in fitting if printed.texts.get("reported_by") == "own"]
+    told: dict[str, str] = {}  # what is printed -> where first
+    for printed in own or fitting:
+        source = f"{printed.paper}, Table {printed.table}: {printed.label}, {printed.texts.get('dataset', '')}"
+        told.setdefault(printed.cells[column], source.rstrip(", "))
+    (value, source), *others = told.items()
+    if not others:
+        return float(value), source
+    # Papers that quote a network differently may mean other trainings or evaluations: none of them is its number.
+    listed = "; ".join(f"{value} in {source}" for value, source in told.items())
+    return (float(value), f"{source}; all that is printed: {listed}") if own else (None, f"quoted as {listed}")
+
+
+def _pretrained(record: Record) -> bool:
+    """Whether the weights come from training without labels, which no row that is compared here did."""
+    return (record.job.get("starts_from") or {}).get("stage") == "pretrain"
 
 
 class _Ledger:
@@ -191,6 +205,7 @@ class _Ledger:
             record
             for record in self._of(row)
             if record.stage in ("train", "evaluate")
+            and not _pretrained(record)
             and _same_data(row, record.data or "")
             and row.input_size in (None, tuple(record.input_size))
         ]
@@ -234,12 +249,12 @@ def _compare(row: PaperRow, papers: Papers, ledger: _Ledger) -> dict[str, Compar
             measured = _params(row, record, printed)
         else:
             common = _cost(row, record, "macs", 1e9)
-            measured = _cost(row, record, "macs_paper", 1e9) if common.value is not None else common
+            measured = _in_the_papers_way(row, record, papers, printed) if common.value is not None else common
         known = papers.verdicts.get((row.paper, row.table, row.row, column))
         verdict, evidence = (known.verdict, known.evidence) if known else ("", "")
         if column in COSTS and measured.value is not None and (own := reproduced(printed, measured.value)):
             verdict = own
-        elif common and common.value is not None and reproduced(printed, common.value):
+        elif not known and common and common.value is not None and reproduced(printed, common.value):
             verdict = COMMON
         cells[column] = Comparison(printed, measured, common, verdict=verdict, evidence=evidence)
     return cells
@@ -261,6 +276,21 @@ def _cost(row: PaperRow, record: Record | None, metric: str, unit: float) -> Mea
     return Measured(COUNTED, record.metrics[metric] / unit, key=record.key)
 
 
+def _in_the_papers_way(row: PaperRow, record: Record, papers: Papers, printed: str) -> Measured:
+    """FLOPs as the model's own paper counts, or as the table's does where only that gives what is printed.
+
+    A table that quotes a network of another paper has its own counter's number or the other paper's.
+    """
+    own = _cost(row, record, "macs_paper", 1e9)
+    name = papers.convention(row.paper, row.table)
+    value = (record.details.get("macs_by_convention") or {}).get(name)
+    if value is None or (own.value is not None and reproduced(printed, own.value)):
+        return own
+    if own.value is None or reproduced(printed, value / 1e9):
+        return Measured(COUNTED, value / 1e9, key=record.key)
+    return own
+
+
 def _params(row: PaperRow, record: Record | None, printed: str) -> Measured:
     """Parameters with the auxiliary head, as papers print them, or without it where only that is what is printed."""
     bare = _cost(row, record, "params", 1e6)
@@ -272,15 +302,19 @@ def _params(row: PaperRow, record: Record | None, printed: str) -> Measured:
 
 
 def _score(row: PaperRow, column: str, ledger: _Ledger) -> Measured:
-    records = ledger.trained(row) if row.trainable and column in _METRIC else []
+    records = ledger.trained(row) if row.trainable else []
+    metric = _METRIC[column]
     found = join(records, row.task) if records else []
     if not found:
         return _absent(row, row.trainable)
-    cell = found[0].metric  # the best, where there are several recipes
+    best = min(found, key=lambda measured: rank_key(measured.cells[metric], highest_first=True))
+    cell = best.cells[metric]
     if cell.value is None:
         return Measured(cell.status, reason=cell.reason)
-    reason = f"the best of {len(found)} recipes" if len(found) > 1 else ""
-    return Measured(RUN_HERE, cell.value, reason, next(r.key for r in records if r.stage == "evaluate"))
+    count = sum(measured.cells[metric].value is not None for measured in found)
+    reason = f"the best of {count} recipes" if count > 1 else ""
+    key = next(r.key for r in best.records if r.stage == "evaluate" and r.done and metric in r.metrics)
+    return Measured(RUN_HERE, cell.value, reason, key)
 
 
 def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow]) -> dict[str, Comparison]:

@@ -9,7 +9,7 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 STATUSES = ("done", "blocked", "failed")
-STAGES = ("cost", "speed", "train", "evaluate")
+STAGES = ("cost", "speed", "pretrain", "train", "evaluate")
 TASKS = ("classification", "segmentation")
 
 # The names of metrics, by stage and (for an evaluation) by task. A job may leave some out; the tables know only these.
@@ -21,9 +21,23 @@ METRICS = {
         *("train_step_ms", "train_step_ms_low", "train_step_ms_high"),
         *("peak_memory_mb", "train_peak_memory_mb", "saved_mb", "yardstick_ms", "ratio_to_yardstick"),
     ),
+    # A pretraining learns without labels; its weights are what another training starts from.
+    "pretrain": ("final_loss", "iterations", "seconds"),
     "train": ("final_loss", "iterations", "seconds"),
     "evaluate/classification": ("top1", "top5", "baseline_top1"),  # percent; the baseline is the majority class
-    "evaluate/segmentation": ("mIoU", "mAcc", "aAcc", "baseline_mIoU"),  # percent; the baseline is all background
+    "evaluate/segmentation": ("mIoU", "mAcc", "aAcc", "baseline_mIoU", "mIoU_ms"),  # percent; ms: several scales
+}
+
+# Parts of a record that the tables look into: of this kind, or absent.
+PARTS = {
+    ("job", "speed"): dict,
+    ("job", "recipe"): dict,
+    ("job", "model_config"): dict,
+    ("job", "head_config"): dict,
+    ("job", "num_classes"): int,
+    ("details", "paper_convention"): dict,
+    ("details", "macs_by_convention"): dict,
+    ("provenance", "versions"): dict,
 }
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+=-]{0,199}")
@@ -168,6 +182,12 @@ def _check(record: Record) -> None:
     require(type(record.seed) is int, "seed", "a whole number")
     for name in ("job", "metrics", "samples", "details", "artifacts", "provenance"):
         require(isinstance(getattr(record, name), dict), name, "a mapping")
+    for (name, part), kind in PARTS.items():
+        value = getattr(record, name).get(part)
+        if value is not None and type(value) is not kind:
+            raise RecordError(
+                f"{name}.{part}: must be a {'mapping' if kind is dict else 'whole number'}, not {value!r:.60}"
+            )
     for name, value in record.metrics.items():
         require(_number(value), f"metrics.{name}", "a number")
     for name, values in record.samples.items():

@@ -65,6 +65,14 @@ class Row:
         return self.cells[BASELINE[self.task]]
 
     @property
+    def num_classes(self) -> int | None:
+        return self.records[0].job.get("num_classes")
+
+    @property
+    def classes(self) -> str:
+        return f"{self.num_classes} classes" if self.num_classes else ""
+
+    @property
     def config(self) -> str:
         """As JSON, what is configured in the model and in its head; empty where nothing is."""
         return variant(self.records[0]).partition(" ")[2]
@@ -79,8 +87,12 @@ class Row:
 
 
 def join(records: Iterable[Record], task: str) -> list[Row]:
-    """The rows of one task, best metric first within each data set, rows without a metric last; no bare backbones."""
-    return _join([record for record in records if record.task == task and record.head != BARE])
+    """The rows of one task, best metric first within each data set, rows without a metric last.
+
+    Without bare backbones and without pretrainings, neither of which ever has a score.
+    """
+    scored = [record for record in records if record.head != BARE and record.stage != "pretrain"]
+    return _join([record for record in scored if record.task == task])
 
 
 def join_cost(records: Iterable[Record]) -> list[Row]:
@@ -91,13 +103,32 @@ def join_cost(records: Iterable[Record]) -> list[Row]:
 
 
 def _join(records: Sequence[Record]) -> list[Row]:
-    of_record = [(record, _setting(record)) for record in records]
-    settings: dict[tuple, list[Record]] = {}
-    for setting in _settings(dict.fromkeys(own for _, own in of_record)):
-        settings[setting] = [record for record, own in of_record if _fits(own, setting)]
-    rows = [row for setting, members in settings.items() for row in _rows(setting, members)]
-    _note_recipes(rows, list(settings))
-    return sorted(rows, key=lambda row: (row.data or "", *rank_key(row.metric, highest_first=True), row.model))
+    networks: dict[tuple, list[tuple[Record, tuple]]] = {}
+    for record in records:
+        setting = _setting(record)
+        networks.setdefault(setting[:4], []).append((record, setting))
+    rows: list[Row] = []
+    settings: list[tuple] = []
+    for members in networks.values():  # settings of two networks never fit each other
+        for setting in _settings(dict.fromkeys(own for _, own in members)):
+            settings.append(setting)
+            rows += _rows(setting, [record for record, own in members if _fits(own, setting)])
+    _note_recipes(rows, settings)
+    # What has no score goes last, whatever its data set is called.
+    return sorted(
+        rows,
+        key=lambda row: (
+            row.metric.value is None,
+            row.data or "",
+            *rank_key(row.metric, highest_first=True),
+            row.model,
+        ),
+    )
+
+
+def alike(row: Row) -> tuple:
+    """What rows must have in common for their costs to be compared: task, head, size and classes."""
+    return row.task, row.head, row.input_size, row.num_classes
 
 
 def rank_key(cell: Cell, highest_first: bool = False) -> tuple[bool, float]:
@@ -114,7 +145,7 @@ def labels(rows: Sequence[Row], size_apart: bool = False) -> list[str]:
     """
     sizes = [row.size if size_apart else "" for row in rows]
     names = list(zip((row.model for row in rows), sizes, strict=True))
-    for part in ("head", "size", "precision", "hardware", "config"):
+    for part in ("head", "size", "classes", "precision", "hardware", "config"):
         values = [getattr(row, part) for row in rows]
         if len(set(values)) > 1:
             counts = Counter(names)

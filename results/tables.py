@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .display import Display, latex, markdown
 from .files import write_atomic
 from .record import METRICS, TASKS, Record
-from .rows import INTERVALS, STAGE_NOUN, Cell, Row, join, join_cost, labels
+from .rows import INTERVALS, STAGE_NOUN, Cell, Row, alike, join, join_cost, labels
 
 if TYPE_CHECKING:
     import pandas
@@ -105,9 +105,9 @@ def format_cell(column: Column, cell: Cell, interval: bool = True) -> str:
 
 
 def best_rows(column: Column, rows: Sequence[Row]) -> set[int]:
-    """The rows with the best value among those of one task, data set, head and size; none where all are the same."""
+    """The rows with the best value among those that are `alike`; none where all are the same."""
     best: set[int] = set()
-    groups = [(row.task, row.data, row.head, row.input_size) for row in rows]
+    groups = [(row.data, *alike(row)) for row in rows]
     for group in set(groups):
         members = [i for i, own in enumerate(groups) if own == group]
         values = {i: value for i in members if (value := rows[i].cells[column.name].value) is not None}
@@ -151,8 +151,9 @@ def frame(records: Sequence[Record], kind: str) -> "pandas.DataFrame":
         data["status" if stage == "evaluate" else f"{stage}_status"] = [row.stages[stage].status for row in rows]
     data["reason"] = ["; ".join(row.reasons(stages)) for row in rows]
     data["notes"] = ["; ".join(row.notes) for row in rows]
+    data["num_classes"] = [row.num_classes for row in rows]
     # Whole numbers stay whole beside empty cells.
-    whole = {name: "Int64" for name in METRICS["cost"] if name in data and _whole(data[name])}
+    whole = {name: "Int64" for name in (*METRICS["cost"], "num_classes") if name in data and _whole(data[name])}
     return pandas.DataFrame(data).astype(whole)
 
 
@@ -167,6 +168,7 @@ def display(rows: Sequence[Row], kind: str) -> Display:
         "Head": [row.head or "" for row in rows],
         "Data": [row.data or "" for row in rows],
         "Size": [row.size for row in rows],
+        "Classes": [str(row.num_classes or "") for row in rows],
         "Precision": [row.precision for row in rows],
         # What was only counted is the same on any machine.
         "Hardware": [row.hardware if _timed(row) else "" for row in rows],

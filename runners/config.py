@@ -35,6 +35,8 @@ class ModelEntry:
     head: dict[str, Any] = field(default_factory=dict)  # settings of the decode head that differ from the default
     input_size: list[int] | None = None  # null: the benchmark's
     drop_path_rate: float | None = None  # in training; null: the recipe's
+    recipe: str | None = None  # one of the benchmark's `recipes`; null: its `recipe`
+    initialize_from: str | None = None  # classification: the label, in `models` or `pretraining`, to start from
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Benchmark:
     input_size: list[int] = MISSING  # height, width in pixels
     models: dict[str, ModelEntry] = MISSING
     recipe: Recipe = field(default_factory=Recipe)
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # for the models that name one
+    pretraining: dict[str, ModelEntry] = field(default_factory=dict)  # autoencoders that `models` start from
     stages: list[str] | None = None  # null: all of the suite's; else no other than these
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 import traceback
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from results.files import write_atomic
 from results.ledger import Ledger
 from results.record import Record
@@ -89,8 +90,8 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
         except Exception as error:
             traceback.print_exc()
             outcome = None
-            status, reason = ("blocked" if isinstance(error, Blocked) else "failed"), explain(error)
-            details = {"looked_in": error.looked_in, "how_to_get": error.how_to_get} if status == "blocked" else {}
+            status, reason = ("blocked" if isinstance(error, Blocked) else "failed"), explain(error, job)
+            details = _details(error, job)
     return make_record(
         job,
         status,
@@ -106,7 +107,7 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
 
 def weights_are_there(record: Record, output: Path) -> bool:
     """Whether a finished training still has the file that its record speaks of; true for all other jobs."""
-    if record.stage != "train":
+    if record.stage not in TRAININGS:
         return True
     path = output / record.artifacts["weights"]
     if not path.is_file():
@@ -137,14 +138,51 @@ def make_record(job: Job, status: str, reason: str | None, **measured: Any) -> R
     )
 
 
-def explain(error: BaseException) -> str:
-    """One line for a person: what an error means, without its traceback."""
+def explain(error: BaseException, job: Job | None = None) -> str:
+    """One line for a person: what an error means, without its traceback; of too little memory, also what for."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"out of memory: {text[:200]}; lower the batch size or the input size, or free memory"
+    if _out_of_memory(error):
+        asked = re.search(r"tried to allocate (\d[\d.]* ?\w+)", text, re.IGNORECASE)
+        what = f"{asked[1]} could not be had" if asked else text[:200]
+        less = (
+            "raise recipe.engine.accumulate" if job is not None and job.stage in TRAININGS else "lower the batch size"
+        )
+        size = f" for {_size(job)}" if job is not None else ""
+        return f"out of memory{size}: {what}; {less}, lower the input size, or free memory"
     if isinstance(error, Blocked | InputError | FloatingPointError):
         return text
     return f"{type(error).__name__}: {text[:300]}"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of the machine or of its GPU; PyTorch says so in several ways."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+    )
+
+
+def _images(job: Job) -> int:
+    """How many images a forward of the job takes at once."""
+    if job.stage == "speed":
+        return job.speed.batch_size
+    if job.stage in TRAININGS:
+        return job.recipe.batch_size // (job.recipe.engine.processes * job.recipe.engine.accumulate)
+    return 1 if job.stage == "cost" or job.task == "segmentation" else job.recipe.batch_size
+
+
+def _size(job: Job) -> str:
+    images, (height, width) = _images(job), job.input_size
+    return f"{images} image{'s' if images > 1 else ''} of {height}x{width}"
+
+
+def _details(error: BaseException, job: Job) -> dict[str, Any]:
+    """What a record tells about an error, beside the line."""
+    if isinstance(error, Blocked):
+        return {"looked_in": error.looked_in, "how_to_get": error.how_to_get}
+    if _out_of_memory(error):
+        return {"out_of_memory": {"images": _images(job), "input_size": list(job.input_size)}}
+    return {}
 
 
 class _Progress:

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from benchmarks.errors import InputError
-from benchmarks.job import Job
+from benchmarks.job import TRAININGS, Job
 from results.record import Record
 from runners.config import Cluster
 from runners.execute import Workplace, make_record, run_job
@@ -177,8 +177,8 @@ class Ray:
         self._connect()
         try:
             widest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-            # mmengine trains on a GPU where there is one: then one of them for each training, never a shared one.
-            gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
+            # mmengine trains on a GPU where there is one: then one of them for each process of a training.
+            any_gpu = min(1, int(ray.cluster_resources().get("GPU", 0)))
             task = ray.remote(run_job)
             needs = {job.key: self.needs(job) for job in jobs}
             queue = Queue(
@@ -199,8 +199,8 @@ class Ray:
                     del queue.waiting[job.key]
                     cpus = widest if needs[job.key]["alone"] else min(needs[job.key]["cpus"], widest)
                     options = {"num_cpus": cpus, "max_retries": RETRIES, "retry_exceptions": False, "name": job.title}
-                    if job.stage in ("train", "evaluate"):
-                        options["num_gpus"] = gpus
+                    if job.stage in (*TRAININGS, "evaluate"):
+                        options["num_gpus"] = any_gpu * job.recipe.engine.processes
                     running[task.options(**options).remote(job, self.workplace)] = job
                 if not running:
                     break

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks import data
 from benchmarks.errors import InputError, choose
-from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job
-from runners.config import Benchmark, Config, ModelEntry
+from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job, Recipe
+from runners.config import Benchmark, Config, ModelEntry, Suite
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
 
@@ -25,7 +26,8 @@ def stages_of(config: Config) -> list[str]:
 def make_jobs(config: Config) -> list[Job]:
     """All jobs of the run, those that others depend on first, without duplicates.
 
-    Evaluating a model implies training it: without the stage `train` no evaluation is planned.
+    Evaluating a model implies training it: without the stage `train` no evaluation is planned. A training that starts
+    from another implies that one.
 
     Raises:
         InputError: an unknown stage, task, head, dataset or precision, or an impossible size or number.
@@ -46,39 +48,80 @@ def make_jobs(config: Config) -> list[Job]:
         described = data.describe(benchmark.data)
         if described.task != benchmark.task:
             raise InputError(f"{where}: the dataset {benchmark.data} is for {described.task}, not {benchmark.task}")
+        seeds = config.suite.seeds if config.seeds is None else config.seeds
+        plan = _Plan(suite, benchmark, described, where)
         for label, entry in _models(config, benchmark).items():
-            shared = {
-                "task": benchmark.task,
-                "label": label,
-                "model": entry.name or label,
-                "model_config": entry.config,
-                "head": benchmark.head,
-                "head_config": entry.head,
-                "input_size": tuple(entry.input_size or benchmark.input_size),
-                "num_classes": described.num_classes,
-            }
-            rate = benchmark.recipe.drop_path_rate if entry.drop_path_rate is None else entry.drop_path_rate
-            training = {
-                "precision": suite.precision,
-                "data": benchmark.data,
-                "data_version": described.version,
-                "data_options": benchmark.data_options,
-                "recipe": dataclasses.replace(benchmark.recipe, drop_path_rate=rate),
-            }
             chosen = []
             if "cost" in stages:
-                chosen.append(Job(stage="cost", **shared))
+                chosen.append(Job(stage="cost", **plan.shared(label, entry)))
             if "speed" in stages:
-                chosen.append(Job(stage="speed", speed=suite.speed, **shared))
-            for seed in config.suite.seeds if config.seeds is None else config.seeds:
+                chosen.append(Job(stage="speed", speed=suite.speed, **plan.shared(label, entry)))
+            for seed in seeds:
                 if "train" in stages:
-                    trained = Job(stage="train", seed=seed, **shared, **training)
-                    chosen.append(trained)
+                    trainings = plan.trainings(label, entry, seed)
+                    chosen += trainings
                     if "evaluate" in stages:
-                        after = (trained.key,)
-                        chosen.append(Job(stage="evaluate", seed=seed, depends_on=after, **shared, **training))
+                        last = trainings[-1]
+                        chosen.append(dataclasses.replace(last, stage="evaluate", depends_on=(last.key,)))
             jobs |= {job.key: job for job in chosen}
+        if "pretrain" in stages:  # also those that no chosen model starts from
+            alone = [plan.trainings(*item, seed) for item in benchmark.pretraining.items() for seed in seeds]
+            jobs |= {job.key: job for chain in alone for job in chain}
     return sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What the jobs of one benchmark have in common."""
+
+    suite: Suite
+    benchmark: Benchmark
+    described: data.Dataset
+    where: str
+
+    def shared(self, label: str, entry: ModelEntry) -> dict[str, Any]:
+        """Of all jobs of one model."""
+        return {
+            "task": self.benchmark.task,
+            "label": label,
+            "model": entry.name or label,
+            "model_config": entry.config,
+            "head": self.benchmark.head,
+            "head_config": entry.head,
+            "input_size": tuple(entry.input_size or self.benchmark.input_size),
+            "num_classes": self.described.num_classes,
+        }
+
+    def trainings(self, label: str, entry: ModelEntry, seed: int, after: tuple[str, ...] = ()) -> list[Job]:
+        """The training of one model, behind those that it starts from."""
+        if label in after:
+            raise InputError(f"{self.where}: initialize_from goes round in a circle: {' -> '.join((*after, label))}")
+        before: list[Job] = []
+        if (source := entry.initialize_from) is not None:
+            known = self.benchmark.models | self.benchmark.pretraining
+            choose("initialize_from", source, tuple(known), f"{self.where}, model {label}")
+            before = self.trainings(source, known[source], seed, (*after, label))
+        job = Job(
+            stage="pretrain" if label in self.benchmark.pretraining else "train",
+            seed=seed,
+            precision=self.suite.precision,
+            data=self.benchmark.data,
+            data_version=self.described.version,
+            data_options=self.benchmark.data_options,
+            recipe=self._recipe(label, entry),
+            depends_on=tuple(job.key for job in before[-1:]),
+            starts_from=before[-1].description() if before else None,
+            **self.shared(label, entry),
+        )
+        return [*before, job]
+
+    def _recipe(self, label: str, entry: ModelEntry) -> Recipe:
+        recipe = self.benchmark.recipe
+        if entry.recipe is not None:
+            choose("recipe", entry.recipe, tuple(self.benchmark.recipes), f"{self.where}, model {label}")
+            recipe = self.benchmark.recipes[entry.recipe]
+        rate = recipe.drop_path_rate if entry.drop_path_rate is None else entry.drop_path_rate
+        return dataclasses.replace(recipe, drop_path_rate=rate)
 
 
 def _models(config: Config, benchmark: Benchmark) -> dict[str, ModelEntry]:
@@ -108,22 +151,59 @@ def _check(benchmark: Benchmark, where: str) -> None:
         raise InputError(f"{where}: a classification has no head to choose, but head={benchmark.head}")
     if benchmark.stages is not None:
         _check_stages(benchmark.stages, f"{where}: stages")
-    for size in (benchmark.input_size, *(entry.input_size for entry in benchmark.models.values() if entry.input_size)):
+    entries = benchmark.models | benchmark.pretraining
+    for size in (benchmark.input_size, *(entry.input_size for entry in entries.values() if entry.input_size)):
         if len(size) != 2 or min(size) < SMALLEST_SIDE:
             raise InputError(
                 f"{where}: input_size {list(size)} must be [height, width], each at least {SMALLEST_SIDE} pixels"
             )
-    recipe = benchmark.recipe
+    if benchmark.task != "classification":
+        _check_no_classification(benchmark, entries, where)
+    if both := sorted(benchmark.models.keys() & benchmark.pretraining.keys()):
+        raise InputError(f"{where}: {both[0]} is both in models and in pretraining; give one of them another label")
+    _check_recipe(benchmark.recipe, f"{where}: recipe")
+    for name, recipe in benchmark.recipes.items():
+        _check_recipe(recipe, f"{where}: recipes.{name}")
+
+
+def _check_no_classification(benchmark: Benchmark, entries: Mapping[str, ModelEntry], where: str) -> None:
+    """What only classifications have must not look as if it were done."""
+    if benchmark.pretraining or any(entry.initialize_from for entry in entries.values()):
+        raise InputError(f"{where}: only classifications can have initialize_from and pretraining")
+    for recipe in (benchmark.recipe, *benchmark.recipes.values()):
+        for name in ("mixup", "ema", "distillation_alpha", "linear_probe", "label_smoothing"):
+            if getattr(recipe, name):
+                raise InputError(f"{where}: recipe.{name} is for classifications only; leave it out")
+
+
+def _check_recipe(recipe: Recipe, where: str) -> None:
     for name in ("iterations", "batch_size", "checkpoint_every", "threads"):
         if getattr(recipe, name) < 1:
-            raise InputError(f"{where}: recipe.{name} is {getattr(recipe, name)}; it must be at least 1")
-    choose("schedule", recipe.schedule, SCHEDULES, f"{where}: recipe")
+            raise InputError(f"{where}.{name} is {getattr(recipe, name)}; it must be at least 1")
+    for name in ("processes", "accumulate"):
+        if getattr(recipe.engine, name) < 1:
+            raise InputError(f"{where}.engine.{name} is {getattr(recipe.engine, name)}; it must be at least 1")
+    parts = recipe.engine.processes * recipe.engine.accumulate
+    if recipe.batch_size % parts:
+        raise InputError(
+            f"{where}.batch_size {recipe.batch_size} cannot be shared by {recipe.engine.processes} processes "
+            f"with accumulate={recipe.engine.accumulate}; it must be a multiple of {parts}"
+        )
+    choose("schedule", recipe.schedule, SCHEDULES, where)
     if not 0 <= recipe.warmup_iterations < recipe.iterations:
         raise InputError(
             f"{where}: {recipe.warmup_iterations} warm-up iterations do not fit into {recipe.iterations} iterations"
         )
     if recipe.learning_rate <= 0:
-        raise InputError(f"{where}: recipe.learning_rate is {recipe.learning_rate}; it must be above 0")
+        raise InputError(f"{where}.learning_rate is {recipe.learning_rate}; it must be above 0")
+    if recipe.mixup and recipe.batch_size // parts % 2:
+        raise InputError(
+            f"{where}.batch_size is {recipe.batch_size}, {recipe.batch_size // parts} images per forward; "
+            "Mixup pairs them, so the number must be even"
+        )
+    alpha = recipe.distillation_alpha
+    if alpha is not None and not (0 <= alpha <= 1 and recipe.mixup and recipe.ema):
+        raise InputError(f"{where}.distillation_alpha is {alpha}; it must be between 0 and 1, and needs mixup and ema")
 
 
 def check_models(jobs: Sequence[Job]) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks import data
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Job, scheduling
+from benchmarks.job import TRAININGS, Job, scheduling
 from results.ledger import Ledger
 from results.record import Record
 from results.rows import METRIC
@@ -151,7 +151,7 @@ class Session:
         ledger = Ledger(self.workplace.ledger, self._tell)
         possible, ready = [], {}
         for job in jobs:
-            wanted = (job.data, str(sorted(job.data_options.items()))) if job.stage == "train" else None
+            wanted = (job.data, str(sorted(job.data_options.items()))) if job.stage in TRAININGS else None
             if wanted is not None and wanted not in ready:
                 try:
                     data.prepare(job.data, self.workplace.data_root, job.data_options, self._say)
@@ -172,15 +172,16 @@ class Session:
         return possible
 
     def _without_weights(self) -> list[Job]:
-        """Finished trainings whose weights are gone or damaged, though an evaluation still needs them."""
-        needed = {job.depends_on[0] for job in self.jobs if job.stage == "evaluate" and job.key not in self.records}
+        """Finished trainings whose weights are gone or damaged, though another job still needs them."""
+        needed = {key for job in self.jobs if job.key not in self.records for key in job.depends_on}
         lost = []
-        for job in self.jobs:
+        for job in reversed(self.jobs):  # what depends on others comes after them
             record = self.records.get(job.key) if job.key in needed else None
             if record is not None and not weights_are_there(record, self.workplace.output):
                 path = self.workplace.output / record.artifacts["weights"]
                 self._tell(f"the weights {path} are missing or damaged: {job.label} is trained again")
                 lost.append(job)
+                needed |= set(job.depends_on)
         return lost
 
     def _print_plan(self) -> None:
@@ -280,7 +281,7 @@ def _line(record: Record) -> str:
     metrics = record.metrics
     if record.stage == "speed":
         return f"{name}: {metrics['latency_ms']:.1f} ms"
-    if record.stage == "train":
+    if record.stage in TRAININGS:
         return f"{name}: loss {metrics['final_loss']:.3f}"
     metric = METRIC[record.task]
     return f"{name}: {metric} {metrics[metric]:.1f} % (trivial baseline {metrics[f'baseline_{metric}']:.1f} %)"

@@ -18,6 +18,8 @@ from zoo.errors import ZooError
 
 # Where training programs put the weights inside a checkpoint; averaged weights first, as timm does.
 CONTAINERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
+# Where the files of finished trainings here have the network; averaged weights first, and an autoencoder's encoder.
+FINISHED = ("ema.module.", "network.encoder.", "network.")
 _PREFIX = re.compile(r"^(?:(?:module|_orig_mod|backbone|timm_model|model|encoder)\.)+")
 
 
@@ -54,7 +56,8 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Tensor]) 
         model: a zoo model: classifier, ``features_only`` model, masked autoencoder, or one of them wrapped (by
             mmsegmentation's `TIMMBackbone`, `DistributedDataParallel`, `torch.compile`). Other models match by name.
         source: a file (``.safetensors``, or one that `torch.save` wrote with tensors only), or a state dict. The usual
-            containers (``model``, ``state_dict``, ``state_dict_ema``) and prefixes (``module.``, ``backbone.``) go.
+            containers (``model``, ``state_dict``, ``state_dict_ema``) and prefixes (``module.``, ``backbone.``) go, and
+            those of the weights that a training of this suite keeps.
 
     Returns:
         LoadReport: what was loaded, what is missing, what had no place.
@@ -172,4 +175,8 @@ def _state_dict(content, name: str) -> tuple[dict[str, Tensor], str]:
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise ZooError(f"{name}: holds no state dict (a mapping of names to tensors)")
+    if all(key.startswith(("ema.", "network.")) for key in tensors):
+        prefix = next(prefix for prefix in FINISHED if any(key.startswith(prefix) for key in tensors))
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        path.append(prefix.rstrip("."))
     return tensors, ".".join(path)

@@ -34,8 +34,7 @@ def prepare(
         return target
     _refuse_options(dataset, options)
     target = published.locate(dataset, root)
-    problem = published.find_problem(dataset, target)
-    if problem:
+    if problem := published.inspect(dataset, target).problem:
         raise Blocked(f"{name}: {problem}", looked_in=str(target), how_to_get=dataset.source)
     return target
 
@@ -53,9 +52,8 @@ def check(name: str, root: Path, options: Mapping[str, Any] | None = None) -> tu
         return state.kind == "complete", f"{target}: {state.detail}"
     _refuse_options(dataset, options)
     target = published.locate(dataset, root)
-    problem = published.find_problem(dataset, target)
-    complete = f"{target}: {dataset.training_count:,} training and {dataset.validation_count:,} validation images"
-    return problem is None, problem or complete
+    found = published.inspect(dataset, target)
+    return found.problem is None, found.problem or f"{target}: {found.there}"
 
 
 def _generated(

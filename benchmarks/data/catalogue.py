@@ -10,7 +10,8 @@ from benchmarks.errors import choose
 class Dataset:
     """A dataset as the measurements see it. Folders lie below the one that `prepare` returns.
 
-    Classification data lie in ImageNet's layout (`<split>/<class name>/<image>`), segmentation data in ADE20K's
+    Classification data lie in ImageNet's layout (`<split>/<class name>/<image>`, or tar files in `<split>/`: one for
+    each class, called after it, or any number with folders for the classes inside), segmentation data in ADE20K's
     (`images/<split>/<name>.jpg` beside `annotations/<split>/<name>.png`, one byte per pixel) unless `images`,
     `annotations`, their suffixes and `split_list` say otherwise. `training` and `validation` are the names of the
     splits.
@@ -19,7 +20,8 @@ class Dataset:
     name: str
     task: str  # "classification" or "segmentation"
     num_classes: int  # background included, where it is a class
-    class_names: Callable[[], tuple[str, ...]] = field(repr=False)  # called late: some names live in mmsegmentation
+    class_names: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False)  # called late: names take seconds
+    mmseg_class: str = ""  # mmsegmentation's class of the dataset, which has the names and colours of its classes
     version: int = 1  # of our generator, or of the published release
     folder: str = ""  # below the data folder, for published data; default: the name
     reduce_zero_label: bool = False  # label 0 means "ignore", classes start at 1 (mmsegmentation's meaning)
@@ -38,7 +40,11 @@ class Dataset:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of their labels."""
-        return self.class_names()
+        if not self.mmseg_class:
+            return self.class_names()
+        import mmseg.datasets  # seconds
+
+        return tuple(name.strip() for name in getattr(mmseg.datasets, self.mmseg_class).METAINFO["classes"])
 
 
 def _digits() -> tuple[str, ...]:
@@ -49,14 +55,8 @@ def _background_and_digits() -> tuple[str, ...]:
     return ("background", *_digits())
 
 
-def _mmseg_names(dataset: str) -> tuple[str, ...]:
-    from mmseg.utils import get_classes  # seconds to import
-
-    return tuple(name.strip() for name in get_classes(dataset))
-
-
 def _imagenet_names() -> tuple[str, ...]:
-    from timm.data import ImageNetInfo  # likewise
+    from timm.data import ImageNetInfo  # seconds
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())  # WordNet's, as the folders are called
 
@@ -89,7 +89,7 @@ DATASETS = {
             version=2016,
             folder="ADEChallengeData2016",
             num_classes=150,
-            class_names=lambda: _mmseg_names("ade20k"),
+            mmseg_class="ADE20KDataset",
             reduce_zero_label=True,
             training_count=20_210,
             validation_count=2_000,
@@ -108,13 +108,14 @@ DATASETS = {
             training_count=1_281_167,
             validation_count=50_000,
             source="register at https://www.image-net.org, download the training and validation images of ILSVRC2012 "
-            "(about 145 GB), and sort them into imagenet/train and imagenet/val with a folder for each class (n014...)",
+            "(about 145 GB), and sort them into imagenet/train and imagenet/val with a folder for each class (n014...) "
+            "or leave the training images in the 1,000 tar files of ILSVRC2012_img_train.tar",
         ),
         Dataset(
             name="cityscapes",
             task="segmentation",
             num_classes=19,
-            class_names=lambda: _mmseg_names("cityscapes"),
+            mmseg_class="CityscapesDataset",
             training="train",
             validation="val",
             training_count=2_975,
@@ -134,7 +135,7 @@ DATASETS = {
                 version=2010,
                 folder="VOC2010",
                 num_classes=num_classes,
-                class_names=class_names,
+                mmseg_class=mmseg_class,
                 reduce_zero_label=num_classes == 59,  # the background, which is no class there
                 training="train",
                 validation="val",
@@ -147,16 +148,13 @@ DATASETS = {
                 "the labels and lists of PASCAL-Context (trainval_merged.json) with mmsegmentation's "
                 "tools/dataset_converters/pascal_context.py",
             )
-            for num_classes, class_names in (
-                (59, lambda: _mmseg_names("pascal_context")),
-                (60, lambda: ("background", *_mmseg_names("pascal_context"))),
-            )
+            for num_classes, mmseg_class in ((59, "PascalContextDataset59"), (60, "PascalContextDataset"))
         ),
         Dataset(
             name="coco_stuff10k",
             task="segmentation",
             num_classes=171,
-            class_names=lambda: _mmseg_names("coco_stuff10k"),
+            mmseg_class="COCOStuffDataset",
             reduce_zero_label=True,
             training="train2014",
             validation="test2014",

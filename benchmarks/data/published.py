@@ -1,11 +1,30 @@
-"""Published datasets: is everything where it should be?"""
+"""Published datasets: is everything where it should be, and whole?
+
+Folders are listed, and the first and last bytes of the files read (of `MOST_OPENED` of them in a split), so that the
+answer takes seconds. Whatever does not end as its format ends is decoded before it is called damaged.
+"""
 
 import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.data.catalogue import Dataset
 
+MOST_OPENED = 50_000  # of the images and of the annotations of a split, evenly spread
 _IMAGES = (".jpg", ".jpeg", ".png")  # of a classification
+_FORMATS = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"))  # first and last bytes
+_TAR_END = 1024  # bytes, all of them zero
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a dataset's folder: the problem in one line, or None, and what is there."""
+
+    problem: str | None = None
+    there: str = ""
 
 
 def locate(dataset: Dataset, root: Path) -> Path:
@@ -14,75 +33,137 @@ def locate(dataset: Dataset, root: Path) -> Path:
     return root if root.name == top else root / top
 
 
-def find_problem(dataset: Dataset, folder: Path) -> str | None:
-    """What keeps the dataset in `folder` from being used, in one line; None when it is complete."""
+def inspect(dataset: Dataset, folder: Path) -> Found:
+    """Whether the dataset in `folder` can be used."""
     try:
-        return _find_problem(dataset, folder)
+        if not folder.is_dir():
+            raise _ProblemError(_missing(folder.parent, folder.name))
+        splits = ((dataset.training, dataset.training_count), (dataset.validation, dataset.validation_count))
+        look = _classification if dataset.task == "classification" else _segmentation
+        training, validation = (look(dataset, folder, *split) for split in splits)
+    except _ProblemError as problem:
+        return Found(str(problem))
     except OSError as error:
-        return f"cannot read {error.filename}: {error.strerror}"
+        return Found(f"cannot read {error.filename}: {error.strerror}")
+    return Found(there=f"{training} training and {validation} validation images")
 
 
-def _find_problem(dataset: Dataset, folder: Path) -> str | None:
-    if not folder.is_dir():
-        return _missing(folder.parent, folder.name)
-    for split, count in ((dataset.training, dataset.training_count), (dataset.validation, dataset.validation_count)):
-        if dataset.task == "classification":
-            problem = _classes(folder, split, dataset.num_classes)
-            if problem:
-                return problem
-            continue
-        places = [folder / place.format(split=split) for place in (dataset.images, dataset.annotations)]
-        for place in places:
-            if not place.is_dir():
-                return _missing(place.parent, place.name)
-        names = None
-        if dataset.split_list:
-            listed = folder / dataset.split_list.format(split=split)
-            if not listed.is_file():
-                return f"expected the file {listed}, which names the images of the split"
-            names = set(listed.read_text().split())
-        problem = _compare(*places, dataset.image_suffix, dataset.annotation_suffix, names, count)
-        if problem:
-            return problem
-    return None
+class _ProblemError(Exception):
+    """What keeps a dataset from being used, in one line."""
 
 
-def _classes(folder: Path, split: str, num_classes: int) -> str | None:
-    """ImageNet's layout: a folder for each class, with images in it."""
-    if not (folder / split).is_dir():
-        return _missing(folder, split)
-    classes = sorted(path for path in (folder / split).iterdir() if path.is_dir())
-    if len(classes) != num_classes:
-        return f"{folder / split} holds {len(classes):,} folders of classes, expected are {num_classes:,}"
-    empty = [path.name for path in classes if not any(p.suffix.lower() in _IMAGES for p in path.iterdir())]
-    return f"{len(empty):,} folders of {folder / split} hold no image: {_first(empty)}" if empty else None
+def _classification(dataset: Dataset, folder: Path, split: str, count: int | None) -> str:
+    """ImageNet's layout: a folder for each class, with images in it, or tar files."""
+    place = folder / split
+    if not place.is_dir():
+        raise _ProblemError(_missing(folder, split))
+    if tars := sorted(place.glob("*.tar")):
+        return _tars(dataset, place, tars)
+    classes = sorted(path for path in place.iterdir() if path.is_dir())
+    if len(classes) != dataset.num_classes:
+        expected = f"expected are {dataset.num_classes:,}"
+        raise _ProblemError(f"{place} holds {len(classes):,} folders of classes, {expected}")
+    sizes = {path.name: _sizes(path, _IMAGES) for path in classes}
+    if empty := [name for name, images in sizes.items() if not images]:
+        raise _ProblemError(f"{len(empty):,} folders of {place} hold no image: {_first(empty)}")
+    images = {f"{name}/{image}": size for name, found in sizes.items() for image, size in found.items()}
+    _refuse_wrong_count(place, len(images), count)
+    opened = _refuse_damaged(place, images)
+    return f"{len(images):,}" + (f" ({opened:,} of them opened)" if opened < len(images) else "")
 
 
-def _compare(
-    images_folder: Path,
-    annotations_folder: Path,
-    image: str,
-    annotation: str,
-    names: set[str] | None,
-    count: int | None,
-) -> str | None:
-    """What is wrong between two folders whose files end in `image` and `annotation`; `names` restricts both."""
-    images, annotations = _sizes(images_folder, image), _sizes(annotations_folder, annotation)
+def _tars(dataset: Dataset, place: Path, tars: list[Path]) -> str:
+    """How many images there are only reading them all would tell."""
+    folders = []
+    for path in tars:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                first = tar.next()
+        except tarfile.TarError as error:
+            raise _ProblemError(f"{path} is damaged: {error}") from error
+        with open(path, "rb") as file:
+            file.seek(-min(_TAR_END, path.stat().st_size), os.SEEK_END)
+            if first is None or any(file.read()):
+                raise _ProblemError(f"{path} is {'cut off' if first else 'empty'}")
+        folders.append("/" in first.name.removeprefix("./") or first.isdir())
+    if not any(folders) and len(tars) != dataset.num_classes:
+        expected = f"expected is one for each of {dataset.num_classes:,} classes"
+        raise _ProblemError(f"{place} holds {len(tars):,} tar files, {expected}")
+    return f"{len(tars):,} tar files of"
+
+
+def _segmentation(dataset: Dataset, folder: Path, split: str, count: int | None) -> str:
+    """Images and annotations of the same names in two folders; a list may say which of them are the split's."""
+    places = [folder / place.format(split=split) for place in (dataset.images, dataset.annotations)]
+    for place in places:
+        if not place.is_dir():
+            raise _ProblemError(_missing(place.parent, place.name))
+    suffixes = (dataset.image_suffix, dataset.annotation_suffix)
+    images, annotations = (_sizes(place, (suffix,)) for place, suffix in zip(places, suffixes, strict=True))
+    images, annotations = (
+        {name.removesuffix(suffix): size for name, size in found.items()}
+        for found, suffix in zip((images, annotations), suffixes, strict=True)
+    )
     if not images:
-        return f"{images_folder} holds no {image} image" + (f", expected are {count:,}" if count else "")
-    if names is not None:
+        expected = f", expected are {count:,}" if count else ""
+        raise _ProblemError(f"{places[0]} holds no {suffixes[0]} image{expected}")
+    if dataset.split_list:
+        listed = folder / dataset.split_list.format(split=split)
+        if not listed.is_file():
+            raise _ProblemError(f"expected the file {listed}, which names the images of the split")
+        names = set(listed.read_text(errors="replace").split())
         if without := sorted(names - images.keys()):
-            return f"{len(without):,} images of the split are not in {images_folder}: {_first(without)}"
+            raise _ProblemError(f"{len(without):,} images of the split are not in {places[0]}: {_first(without)}")
         images, annotations = ({name: found[name] for name in names & found.keys()} for found in (images, annotations))
     if without := sorted(images.keys() - annotations.keys()):
-        return f"{len(without):,} images have no {annotation} in {annotations_folder}: {_first(without)}"
+        raise _ProblemError(f"{len(without):,} images have no {suffixes[1]} in {places[1]}: {_first(without)}")
     if without := sorted(annotations.keys() - images.keys()):
-        return f"{len(without):,} annotations have no {image} in {images_folder}: {_first(without)}"
-    for folder, sizes in ((images_folder, images), (annotations_folder, annotations)):
-        if empty := sorted(stem for stem, size in sizes.items() if not size):
-            return f"{len(empty):,} files in {folder} are empty: {_first(empty)}"
-    if count is not None and len(images) != count:
-        return f"{images_folder} holds {len(images):,} images, expected are {count:,}"
+        raise _ProblemError(f"{len(without):,} annotations have no {suffixes[0]} in {places[0]}: {_first(without)}")
+    _refuse_wrong_count(places[0], len(images), count)
+    for place, suffix, sizes in zip(places, suffixes, (images, annotations), strict=True):
+        _refuse_damaged(place, {f"{name}{suffix}": size for name, size in sizes.items()})
+    return f"{len(images):,}"
+
+
+def _refuse_wrong_count(place: Path, found: int, expected: int | None) -> None:
+    if expected is not None and found != expected:
+        raise _ProblemError(f"{place} holds {found:,} images, expected are {expected:,}")
+
+
+def _refuse_damaged(place: Path, sizes: Mapping[str, int]) -> int:
+    """Raises for empty files below `place`, and for damaged ones among those that are opened; returns how many are."""
+    names = sorted(sizes)
+    if empty := [name for name in names if not sizes[name]]:
+        raise _ProblemError(f"{len(empty):,} files in {place} are empty: {_first(empty)}")
+    chosen = names[:: -(-len(names) // MOST_OPENED)]
+    with ThreadPoolExecutor(16) as pool:  # a shared file system answers many questions at once
+        ends = pool.map(lambda name: _ends_well(place / name), chosen)
+        suspects = [name for name, whole in zip(chosen, ends, strict=True) if not whole]
+    if damaged := {name: error for name in suspects if (error := _decoding_error(place / name))}:
+        why = next(iter(damaged.values()))
+        raise _ProblemError(f"{len(damaged):,} files in {place} are damaged: {_first(damaged)} ({why})")
+    return len(chosen)
+
+
+def _ends_well(path: Path) -> bool:
+    with open(path, "rb") as file:
+        first = file.read(8)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        last = file.read()
+    return any(first.startswith(begin) and last.endswith(end) for begin, end in _FORMATS)
+
+
+def _decoding_error(path: Path) -> str | None:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except UnidentifiedImageError:
+        return "no image"
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these for damaged files
+        return " ".join(str(error).split())
     return None
 
 
@@ -94,19 +175,20 @@ def _missing(parent: Path, name: str) -> str:
     return f"expected the folder {expected}; {parent} holds {_first(there) if there else 'nothing'}"
 
 
-def _first(names: list[str]) -> str:
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _sizes(folder: Path, suffix: str, below: str = "") -> dict[str, int]:
-    """File name without suffix, behind the folders that it lies in -> bytes."""
+def _sizes(folder: Path, suffixes: tuple[str, ...], below: str = "") -> dict[str, int]:
+    """File name, behind the folders that it lies in -> bytes."""
     sizes: dict[str, int] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                sizes |= _sizes(Path(entry.path), suffix, f"{below}{entry.name}/")
-            elif entry.name.endswith(suffix):
-                sizes[below + entry.name.removesuffix(suffix)] = entry.stat().st_size
+                sizes |= _sizes(Path(entry.path), suffixes, f"{below}{entry.name}/")
+            elif entry.name.endswith(suffixes) or entry.name.lower().endswith(suffixes):
+                sizes[below + entry.name] = entry.stat().st_size
     return sizes

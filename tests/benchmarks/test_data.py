@@ -286,150 +286,6 @@ def test_two_at_once(tmp_path):
     assert data.check(SEGMENTATION, tmp_path, {"train": 400, "validation": 20})[0]
 
 
-@pytest.fixture
-def ade20k(tmp_path, monkeypatch) -> Path:
-    """A complete miniature in the published layout; the folder that holds it."""
-    miniature = dataclasses.replace(data.describe("ade20k"), training_count=5, validation_count=2)
-    monkeypatch.setitem(data.DATASETS, "ade20k", miniature)
-    for split, stem, count in (("training", "ADE_train", 5), ("validation", "ADE_val", 2)):
-        for kind, suffix in (("images", ".jpg"), ("annotations", ".png")):
-            folder = tmp_path / "ADEChallengeData2016" / kind / split
-            folder.mkdir(parents=True)
-            for index in range(1, count + 1):
-                (folder / f"{stem}_{index:08d}{suffix}").write_bytes(b"x")
-    return tmp_path
-
-
-def test_ade20k_complete(ade20k):
-    top = ade20k / "ADEChallengeData2016"
-    assert data.prepare("ade20k", ade20k) == data.prepare("ade20k", top) == top
-    assert data.check("ade20k", ade20k) == (True, f"{top}: 5 training and 2 validation images")
-    with pytest.raises(InputError, match="no options"):
-        data.prepare("ade20k", ade20k, {"canvas": 64})
-
-
-@pytest.mark.parametrize(
-    ("broken", "message"),
-    [
-        ("rm -r *", "ADEChallengeData2016; .* holds nothing"),
-        ("mv ADEChallengeData2016 ADE20K_2021", "holds ADE20K_2021"),
-        (
-            "mv ADEChallengeData2016/images/training ADEChallengeData2016/images/train",
-            "training; .* holds train, valid",
-        ),
-        ("rm -r ADEChallengeData2016/annotations", "annotations does not exist"),
-        ("rm ADEChallengeData2016/*/training/*", r"holds no \.jpg image, expected are 5"),
-        ("rm ADEChallengeData2016/annotations/training/*[1-4].png", "4 images have no .png .*_00000001, .*2, .*3, ..."),
-        ("rm ADEChallengeData2016/images/validation/*1.jpg", "1 annotations have no .jpg in .*: ADE_val_00000001"),
-        ("rm ADEChallengeData2016/*/validation/*1.*", "holds 1 images, expected are 2"),
-        (": > ADEChallengeData2016/images/training/ADE_train_00000003.jpg", "are empty: ADE_train_00000003"),
-    ],
-)
-def test_ade20k_incomplete(ade20k, broken, message):
-    subprocess.run(broken, shell=True, cwd=ade20k, check=True)
-    with pytest.raises(Blocked, match=message) as caught:
-        data.prepare("ade20k", ade20k)
-    assert "\n" not in str(caught.value)
-    assert caught.value.looked_in == str(ade20k / "ADEChallengeData2016")
-    assert "ADEChallengeData2016.zip" in caught.value.how_to_get
-
-
-def fill(folder: Path, paths: list[str]) -> None:
-    for path in paths:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(b"x")
-
-
-def cityscapes(folder: Path) -> None:
-    """As unpacked and converted: a folder for each city, other labels and a hidden file beside those that count."""
-    for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "ulm")):
-        stem = f"{split}/{city}/{city}_000000_000019"
-        kinds = ("gtFine_labelTrainIds", "gtFine_color", "gtFine_labelIds")
-        fill(folder, [f"leftImg8bit/{stem}_leftImg8bit.png", *(f"gtFine/{stem}_{kind}.png" for kind in kinds)])
-    fill(folder, ["leftImg8bit/train/aachen/._x_leftImg8bit.png"])
-
-
-def pascal_context(folder: Path) -> None:
-    """All images of the challenge; lists choose those that have labels."""
-    names = ["2008_000002", "2008_000003", "2010_000001"]
-    fill(folder, [f"JPEGImages/{name}.jpg" for name in (*names, "2007_000001")])
-    fill(folder, [f"SegmentationClassContext/{name}.png" for name in names])
-    lists = folder / "ImageSets" / "SegmentationContext"
-    lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("\n".join(names[:2]) + "\n")
-    (lists / "val.txt").write_text(names[2])
-
-
-def coco_stuff10k(folder: Path) -> None:
-    for stem in ("train2014/COCO_train2014_1", "train2014/COCO_train2014_2", "test2014/COCO_train2014_3"):
-        fill(folder, [f"images/{stem}.jpg", f"annotations/{stem}_labelTrainIds.png", f"annotations/{stem}.mat"])
-
-
-def imagenet1k(folder: Path) -> None:
-    for name in data.describe("imagenet1k").classes:
-        fill(folder, [f"{split}/{name}/{name}_1.JPEG" for split in ("train", "val")])
-
-
-@pytest.mark.parametrize(
-    ("name", "layout", "broken", "message"),
-    [
-        ("cityscapes", cityscapes, "rm gtFine/train/*/*TrainIds.png", "2 images have no _gtFine_labelTr"),
-        (
-            "cityscapes",
-            cityscapes,
-            "rm -r leftImg8bit/train/bochum",
-            "have no _leftImg8bit.png .*bochum/",
-        ),
-        (
-            "pascal_context_59",
-            pascal_context,
-            "rm JPEGImages/2010*",
-            "1 images of the split .*: 2010_000001",
-        ),
-        ("pascal_context_60", pascal_context, "rm -r ImageSets", r"expected the file .*/train\.txt, which"),
-        ("pascal_context_59", pascal_context, "rm SegmentationClassContext/2010*", "1 images have no .png"),
-        (
-            "coco_stuff10k",
-            coco_stuff10k,
-            "rm images/test2014/*",
-            "holds no .jpg image, expected are 1",
-        ),
-        ("imagenet1k", imagenet1k, "rm -r val/n01440764", "val holds 999 folders of classes"),
-        ("imagenet1k", imagenet1k, "rm val/n01440764/*", "1 folders of .*val hold no image: n01440764"),
-    ],
-)
-def test_published_layouts(tmp_path, monkeypatch, name, layout, broken, message):
-    """What is complete is found, and what is missing is named."""
-    miniature = dataclasses.replace(data.describe(name), training_count=2, validation_count=1)
-    monkeypatch.setitem(data.DATASETS, name, miniature)
-    folder = tmp_path / (miniature.folder or name)
-    layout(folder)
-    assert data.prepare(name, tmp_path) == folder
-    assert data.check(name, tmp_path) == (True, f"{folder}: 2 training and 1 validation images")
-    subprocess.run(broken, shell=True, cwd=folder, check=True)
-    with pytest.raises(Blocked, match=message) as caught:
-        data.prepare(name, tmp_path)
-    assert "\n" not in str(caught.value)
-    assert caught.value.how_to_get
-
-
-@pytest.mark.parametrize(
-    ("name", "classes", "training", "validation"),
-    [
-        ("imagenet1k", 1000, 1_281_167, 50_000),
-        ("cityscapes", 19, 2_975, 500),
-        ("pascal_context_59", 59, 4_998, 5_105),
-        ("pascal_context_60", 60, 4_998, 5_105),
-        ("coco_stuff10k", 171, 9_000, 1_000),
-    ],
-)
-def test_published_datasets_have_the_papers_numbers(name, classes, training, validation):
-    """HRFormer, sections 4.2 and 4.3; HIRI-ViT, section 4.1."""
-    described = data.describe(name)
-    assert (described.num_classes, described.training_count) == (classes, training)
-    assert described.validation_count == validation
-
-
 def test_blocked_survives_pickling():
     import pickle
 
@@ -437,15 +293,12 @@ def test_blocked_survives_pickling():
     assert (str(blocked), blocked.looked_in, blocked.how_to_get) == ("no data", "here", "there")
 
 
-def test_check_command(small, ade20k, capsys):
+def test_check_command(small, capsys):
     root = f"root={small[SEGMENTATION].parent}"
     assert command.main(["check", SEGMENTATION, root, "train=40", "validation=20"]) == 0
     assert "complete" in capsys.readouterr().out
     assert command.main(["check", SEGMENTATION, root, "digit_size=[20,30]"]) == 2
     assert "made on first use" in capsys.readouterr().out
-    assert command.main(["check", "ade20k", root]) == 2
-    assert "download" in capsys.readouterr().out
-    assert command.main(["check", "ade20k", f"root={ade20k}"]) == 0
     for wrong in ([], ["check", "ade20k"], ["check", "ade", root], ["check", SEGMENTATION, root, "canvas=big"]):
         assert command.main(wrong) == 1
         assert capsys.readouterr().err.count("\n") == 1

@@ -6,15 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from mmengine.registry import init_default_scope
-from mmseg.datasets import ADE20KDataset
 from mmseg.models import EncoderDecoder
 from mmseg.structures import SegDataSample
 from omegaconf import OmegaConf
@@ -22,9 +18,7 @@ from omegaconf import OmegaConf
 import zoo
 from benchmarks import classification, segmentation
 from benchmarks.cost import count
-from benchmarks.engine import Context
 from benchmarks.job import Job, Recipe
-from benchmarks.measure import measure
 from benchmarks.optimizer import build_optimizer
 from runners.config import Config, register
 from runners.plan import make_jobs
@@ -128,51 +122,6 @@ def test_images_are_segmented_at_their_own_size(job):
     assert predicted.pred_sem_seg.data.shape == (1, 71, 101)
 
 
-def test_ade20k_recipe_is_that_of_the_paper():
-    """HRViT, supplementary material A.2."""
-    job = next(job for job in jobs("ade20k_segformer") if job.label == "mit_b0")
-    recipe = job.recipe
-    assert (recipe.iterations, recipe.batch_size, recipe.warmup_iterations) == (160_000, 16, 1500)
-    assert (recipe.optimizer, recipe.learning_rate, recipe.weight_decay) == ("adamw", 6e-5, 0.01)
-    model = segmentation.build_model(job)
-    optimizer = build_optimizer(job, model)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(rates) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        assert rates[id(parameter)] == pytest.approx(6e-4 if name.startswith("decode_head") else 6e-5)
-        assert decays[id(parameter)] == (0.0 if parameter.ndim <= 1 else 0.01), name
-
-
-@pytest.mark.parametrize(
-    ("suite", "benchmark", "size", "expected"),
-    [
-        # HRViT A.1 and HIRI-ViT 4.1: 300 epochs; HRViT A.2; HIRI-ViT 4.3; HRFormer 4.2.
-        ("imagenet_classification", "classification", (224, 224), (300 * 1251, 1024, 1e-3, 0.05, 20 * 1251, 1.0)),
-        ("cityscapes_segformer", "segmentation", (1024, 1024), (160_000, 8, 6e-5, 0.01, 1500, 10.0)),
-        ("ade20k_upernet", "segmentation", (512, 512), (160_000, 16, 6e-5, 0.01, 1500, 10.0)),
-        ("ade20k_upernet", "doubled_input", (1024, 1024), (160_000, 16, 6e-5, 0.01, 1500, 1.0)),
-        ("cityscapes_ocr", "segmentation", (512, 1024), (80_000, 8, 1e-4, 0.01, 0, 1.0)),
-        ("pascal_context_ocr", "segmentation", (520, 520), (60_000, 16, 1e-4, 0.01, 0, 1.0)),
-        ("coco_stuff_ocr", "segmentation", (520, 520), (60_000, 16, 1e-4, 0.01, 0, 1.0)),
-    ],
-)
-def test_recipes_are_those_of_the_papers(suite, benchmark, size, expected):
-    chosen = configuration(suite).suite.benchmarks[benchmark]
-    recipe = chosen.recipe
-    assert tuple(chosen.input_size) == size
-    assert expected == (
-        recipe.iterations,
-        recipe.batch_size,
-        recipe.learning_rate,
-        recipe.weight_decay,
-        recipe.warmup_iterations,
-        recipe.head_learning_rate_multiplier,
-    )
-    assert recipe.optimizer == "adamw"
-
-
 def test_positions_are_not_decayed():
     job = next(job for job in jobs("ade20k_segformer") if job.label == "hivit_tiny")
     model = segmentation.build_model(job)
@@ -181,111 +130,6 @@ def test_positions_are_not_decayed():
     }
     free = [name for name, p in model.named_parameters() if p.ndim > 1 and decays[id(p)] == 0.0]
     assert any("absolute_pos" in name or "pos_embed" in name for name in free)
-
-
-@pytest.fixture(scope="module")
-def ade20k(tmp_path_factory) -> Path:
-    """Three images and labels in ADE20K's published layout, of different sizes."""
-    root = tmp_path_factory.mktemp("ade") / "ADEChallengeData2016"
-    dice = np.random.default_rng(0)
-    for split in ("training", "validation"):
-        for index, (height, width) in enumerate([(90, 120), (150, 100), (64, 64)]):
-            for kind in ("images", "annotations"):
-                (root / kind / split).mkdir(parents=True, exist_ok=True)
-            image = dice.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            labels = dice.integers(0, 151, (height, width), dtype=np.uint8)
-            cv2.imwrite(root / "images" / split / f"ADE_{index}.jpg", image)
-            cv2.imwrite(root / "annotations" / split / f"ADE_{index}.png", labels)
-    return root
-
-
-@pytest.mark.parametrize("head", ["segformer", "upernet", "ocr"])
-def test_ade20k_in_miniature(head, ade20k, tmp_path, monkeypatch):
-    """The suite's own recipe, shortened, trains and evaluates on data in ADE20K's layout."""
-    job = next(job for job in jobs("ade20k_segformer") if job.label == "mit_b0")
-    recipe = dataclasses.replace(job.recipe, iterations=3, warmup_iterations=1, batch_size=2, workers=0)
-    recipe.augmentation = {**recipe.augmentation, "resize": [128, 64]}
-    recipe.evaluation = {**recipe.evaluation, "resize": [128, 64]}
-    small = {"model": "test_mit", "label": "test_mit", "input_size": (64, 64), "head_config": {"channels": 32}}
-    job = dataclasses.replace(job, head=head, recipe=recipe, **small)
-
-    dataset = segmentation._dataset(job, ade20k, training=False)
-    assert isinstance(dataset, ADE20KDataset)
-    raw = cv2.imread(ade20k / "annotations" / "validation" / "ADE_0.png", cv2.IMREAD_UNCHANGED)
-    labels = dataset[0]["data_samples"].gt_sem_seg.data[0].numpy()
-    assert labels.shape == raw.shape  # metrics are computed at the labels' own size
-    assert np.array_equal(labels, np.where(raw == 0, 255, raw - 1))  # 0 is "no class", the classes are 1 to 150
-    train = segmentation._dataset(job, ade20k, training=True)
-    assert train[0]["inputs"].shape == (3, 64, 64) or max(train[0]["inputs"].shape) <= 64
-
-    monkeypatch.setattr(segmentation.data, "prepare", lambda *arguments: ade20k)
-    context = Context(tmp_path, ade20k.parent)
-    trained = measure(job, context)
-    evaluated = measure(dataclasses.replace(job, stage="evaluate", depends_on=(job.key,)), context, trained.artifacts)
-    assert 0 <= evaluated.metrics["mIoU"] <= 100
-    most = np.bincount(
-        np.concatenate(
-            [
-                cv2.imread(path, cv2.IMREAD_UNCHANGED).ravel()
-                for path in (ade20k / "annotations" / "validation").glob("*.png")
-            ]
-        ),
-        minlength=151,
-    )[1:]
-    expected = 100 * most.max() / most.sum() / np.count_nonzero(most)
-    assert evaluated.metrics["baseline_mIoU"] == pytest.approx(expected)
-
-
-def write(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(path, values)
-
-
-@pytest.mark.parametrize(
-    ("suite", "image", "label", "lists", "void", "shift"),
-    [
-        (
-            "cityscapes_ocr",
-            "leftImg8bit/{split}/ulm/ulm_{n}_leftImg8bit.png",
-            "gtFine/{split}/ulm/ulm_{n}_gtFine_labelTrainIds.png",
-            None,
-            255,
-            0,
-        ),
-        (
-            "pascal_context_ocr",
-            "JPEGImages/{split}_{n}.jpg",
-            "SegmentationClassContext/{split}_{n}.png",
-            "ImageSets/SegmentationContext/{split}.txt",
-            0,
-            1,
-        ),
-        ("coco_stuff_ocr", "images/{split}/{n}.jpg", "annotations/{split}/{n}_labelTrainIds.png", None, 0, 1),
-    ],
-)
-def test_published_layouts_are_read(suite, image, label, lists, void, shift, tmp_path):
-    """Each split has its own images; labels are the classes' numbers, and 255 where there is none."""
-    job = next(job for job in jobs(suite) if job.label == "hrformer_base")
-    described = segmentation.data.describe(job.data)
-    dice = np.random.default_rng(0)
-    for split, number in ((described.training, 3), (described.validation, 2)):
-        for n in range(number):
-            names = {"split": split, "n": n}
-            write(tmp_path / image.format(**names), dice.integers(0, 256, (60, 90, 3), dtype=np.uint8))
-            labels = dice.integers(shift, described.num_classes + shift, (60, 90), dtype=np.uint8)
-            labels[:5] = void
-            write(tmp_path / label.format(**names), labels)
-        if lists:
-            path = tmp_path / lists.format(split=split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{split}_{n}\n" for n in range(number)))
-    train, validation = (segmentation._dataset(job, tmp_path, training) for training in (True, False))
-    assert (len(train), len(validation)) == (3, 2)
-    assert train[0]["data_samples"].gt_sem_seg.data.shape[0] == 1
-    found = validation[1]["data_samples"].gt_sem_seg.data[0].numpy()
-    assert (found == 255).sum() == 5 * 90
-    assert np.array_equal(found[5:], labels[5:] - shift)
-    assert len(validation.metainfo["classes"]) == job.num_classes
 
 
 @pytest.mark.parametrize("schedule", ["poly", "cosine"])

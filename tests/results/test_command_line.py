@@ -127,6 +127,26 @@ def test_wrong_input_is_one_line_and_status_1(arguments, says, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_publishing_never_replaces_anything_but_a_publication(tmp_path, suite, capsys):
+    output = fill(tmp_path / "runs" / "demo", suite(TWO))
+    theirs = tmp_path / "theirs" / "demo" / "thesis.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years of work")
+    for to, name, says in (
+        ("runs", "demo", "would lie in one another"),
+        (".", "runs", "would lie in one another"),
+        ("runs/demo", "ledger", "would lie in one another"),
+        ("theirs", "demo", "exists and is no publication"),
+        ("theirs", ".", "is no name for a publication"),
+        ("theirs", "..", "is no name for a publication"),
+        ("theirs", "../escaped", "is no name for a publication"),
+    ):
+        assert main(["publish", str(output), "--to", str(tmp_path / to), "--name", name]) == 1
+        assert says in capsys.readouterr().err
+    assert theirs.read_text() == "years of work"
+    assert len(Ledger(output / "ledger").records()) == len(suite(TWO))
+
+
 def test_publishing_again_replaces_all_of_it(tmp_path, suite):
     output, target = fill(tmp_path / "out", suite(TWO)), tmp_path / "published" / "demo"
     main(["tables", str(output)])

@@ -113,6 +113,8 @@ def test_variants_under_one_label_stay_apart(record):
 MINE = """paper,table,row,label,model,config,head,dataset,num_classes,input_size,top1,miou,reported_by
 a,1,1,Quoted,mine_s,,,ImageNet-1K,1000,224x224,79.9,,other
 a,2,1,Mine at 384,mine_s,,,ImageNet-1K,1000,384x384,83.1,,own
+a,1,2,Quoted,theirs,,,ImageNet-1K,1000,224x224,70.1,,other
+b,7,3,Quoted,theirs,,,ImageNet-1K,1000,224x224,70.4,,other
 b,7,1,Mine-S,mine_s,,,ImageNet-1K,1000,224x224,80.1,,own
 b,7,2,Mine-S wide,mine_s,"{""width"": 3}",,ImageNet-1K,1000,224x224,81.5,,own
 b,8,1,Mine-S,mine_s,,segformer,ADE20K,150,512x512,,44.4,own
@@ -133,6 +135,12 @@ IMAGENET, ADE20K = {"model": "mine_s", "num_classes": 1000}, {"model": "mine_s",
             "b, Table 7: Mine-S wide, ImageNet-1K",
         ),
         ("classification", {"job": IMAGENET | {"num_classes": 10}}, None, ""),
+        (
+            "classification",
+            {"job": IMAGENET | {"model": "theirs"}},
+            None,
+            "quoted as 70.1 in a, Table 1: Quoted, ImageNet-1K; 70.4 in b, Table 7: Quoted, ImageNet-1K",
+        ),
         ("classification", {"job": {"model": "mine_s"}}, None, ""),
         ("classification", {"job": IMAGENET, "input_size": [96, 96]}, None, ""),
         ("segmentation", {"job": ADE20K, "input_size": [512, 512]}, 44.4, "b, Table 8: Mine-S, ADE20K"),
@@ -166,3 +174,25 @@ def test_backbones_without_a_head_are_in_the_cost_leaderboard_alone(record):
 def test_no_leaderboard_of_nothing(tmp_path):
     assert leaderboard.write([], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_costs_are_ranked_among_their_like(record):
+    """The cheapest of all is the smallest size without a head: no rank that says anything."""
+    records = [
+        record(
+            "cost",
+            "segmentation",
+            key=f"{name}{size}{head}",
+            model=name,
+            head=head,
+            input_size=[size, size],
+            job={"model": name},
+            metrics={"macs": macs * size},
+        )
+        for name, macs in (("light", 1), ("heavy", 2))
+        for size in (224, 512)
+        for head in ("bare", "segformer")
+    ]
+    ranks = {(r["model"], r["input_height"], r["head"]): r["rank"] for r in leaderboard.leaderboard(records, "cost")}
+    assert ranks == {key: 1 if key[0] == "light" else 2 for key in ranks}
+    assert len(ranks) == 8

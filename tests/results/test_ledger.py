@@ -211,6 +211,14 @@ def test_damage_that_cannot_be_set_aside_is_reported(ledger, record, monkeypatch
     assert ledger.path("a").exists()
 
 
+def test_a_folder_that_looks_like_a_record_costs_one_line(ledger, record):
+    ledger.put(record("cost"))
+    (ledger.folder / "folder.json").mkdir()
+    assert len(ledger.records()) == 1
+    (line,) = ledger.reports
+    assert "folder.json cannot be read and is not used" in line
+
+
 def test_a_full_disk_names_the_file_and_leaves_the_old_record(ledger, record):
     """A real refusal of the kernel: the process may write files of at most 4 kB."""
     old = ledger.put(record("cost", key="k-0"))

@@ -7,7 +7,7 @@ import pytest
 
 from results import display, paper_tables, papers, report
 from results.ledger import Ledger
-from results.rebuilt import COMMON, CUT, REPRODUCED, rebuild, reproduced, summarize
+from results.rebuilt import CUT, REPRODUCED, rebuild, reproduced, summarize
 
 HEADER = "paper,table,row,label,model,config,framework,head,head_config,setting,dataset,num_classes,input_size,"
 HEADER += "cost_input_size,params_m,gflops,top1,miou,other,derived,reported_by\n"
@@ -139,7 +139,10 @@ def test_what_was_not_measured_says_why(mine, counted):
 def test_verdicts_give_way_to_a_reproduced_number(mine, counted):
     wide = counted(config={"width": [3, 3]}, macs=9.0e9)
     lines = rebuilt(mine, [counted(macs=4.63e9), wide])["mine", "1"]
-    assert lines[1].cells["gflops"].verdict == COMMON
+    # The common count may fit by chance; only the paper's own way shows that the verdict is wrong.
+    assert lines[1].cells["gflops"].verdict == "misprint"
+    own = counted(macs=4.5e9, metrics={"macs_paper": 4.63e9})
+    assert rebuilt(mine, [own])["mine", "1"][1].cells["gflops"].verdict == REPRODUCED
     assert (lines[2].cells["gflops"].verdict, lines[2].cells["gflops"].evidence) == ("misprint", "twice")
     assert lines[2].cells["params_m"].verdict == ""  # differs, and nobody knows why
     assert lines[4].cells["params_m"].verdict == "quoted"
@@ -161,6 +164,10 @@ def test_accuracies_are_those_of_the_same_data_and_training(mine, record):
     for other in (trained("classification", "digits@1", 224), trained("classification", "imagenet1k@1", 96)):
         assert cell(mine, [other], 1, "top1").measured.status == "not run"
     assert cell(mine, [good], 2, "top1", "2").measured.status == "reported only"  # the row was pre-trained otherwise
+    from_mae = good.job | {"starts_from": {"stage": "pretrain"}}
+    assert cell(mine, [trained("classification", "imagenet1k@1", 224, job=from_mae)], 1, "top1").measured.value is None
+    enlarged = good.job | {"starts_from": {"stage": "train"}}
+    assert cell(mine, [trained("classification", "imagenet1k@1", 224, job=enlarged)], 1, "top1").measured.value == 79.5
     assert cell(mine, [trained("segmentation", "cityscapes@2", 1024)], 1, "miou", "2").measured.value == 77.0
     assert not cell(mine, [trained("segmentation", "cityscapes@2", 512)], 1, "miou", "2").known
 
@@ -251,3 +258,34 @@ def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counte
     assert report.build(output, title="A", papers=[good, bad]).rebuilt
     assert "tables/papers" not in report.build(output, title="A").report.read_text()
     assert not (output / "tables/papers/mine_table_1.md").exists()
+
+
+def test_a_baseline_is_counted_as_the_table_counts(mine, counted):
+    """The printed 8.0 G come out in the table's own convention only."""
+    record = counted("theirs", params=40e6, macs=7.5e9, details={"macs_by_convention": {"hivit": 8.01e9, "other": 9e9}})
+    cell = rebuilt(mine, [record])["mine", "1"][3].cells["gflops"]
+    assert (cell.measured.value, cell.common.value, cell.verdict) == (8.01, 7.5, REPRODUCED)
+
+
+def test_scores_of_several_scales_have_a_column_of_their_own(record):
+    """HRFormer's Table 12 prints both kinds for one network, its Table 5 several scales alone."""
+
+    def evaluated(iterations, **metrics):
+        job = {"model": "hrformer_base", "model_config": {"window_size": 15}, "recipe": {"iterations": iterations}}
+        key = f"evaluation-{iterations}"
+        common = {"head": "ocr", "data": "pascal_context_59@2010", "input_size": [520, 520], "job": job, "key": key}
+        return record("evaluate", "segmentation", "hrformer_base", metrics=metrics, **common)
+
+    both, one = evaluated(60_000, mIoU=56.0, mIoU_ms=57.25), evaluated(80_000, mIoU=57.0)
+    found = rebuilt(papers.load(), [both, one])
+    row = found["hrformer", "12"][5]
+    assert (row.cells["miou"].printed, row.cells["miou_ms"].printed) == ("57.5", "58.5")
+    assert (row.cells["miou"].measured.value, row.cells["miou"].measured.key) == (57.0, one.key)
+    assert row.cells["miou"].measured.reason == "the best of 2 recipes"
+    several = row.cells["miou_ms"].measured
+    assert (several.status, several.value, several.key, several.reason) == ("run here", 57.25, both.key, "")
+    assert found["hrformer", "5"][20].cells["miou_ms"].measured.value == 57.25
+    alone = rebuilt(papers.load(), [one])["hrformer", "12"][5].cells
+    assert alone["miou"].measured.value == 57.0
+    assert alone["miou_ms"].measured.value is None
+    assert "mIoU_ms was not measured" in alone["miou_ms"].measured.reason

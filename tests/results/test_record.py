@@ -54,6 +54,8 @@ def test_tuples_and_subclasses_of_numbers_become_plain_json(record):
         ({"details": {"classes": {1: "a"}}}, "details.classes: the name 1 must be text"),
         ({"artifacts": {"log": "/etc/passwd"}}, "artifacts.log: must be a path relative to the output folder"),
         ({"artifacts": {"log": "a/../../b"}}, "artifacts.log: must be a path relative to the output folder"),
+        ({"job": {"num_classes": "many"}}, "job.num_classes: must be a whole number, not 'many'"),
+        ({"details": {"paper_convention": "hrvit"}}, "details.paper_convention: must be a mapping, not 'hrvit'"),
         ({"notes": "a note"}, "notes: must be a list of text"),
     ],
 )

@@ -172,12 +172,12 @@ def test_a_column_that_no_job_measures_is_left_to_the_csv(record):
 def test_columns_of_the_csv_are_stable(suite):
     common = "task model family head data input_height input_width precision hardware "
     cost = "params macs activations latency_ms latency_ms_low latency_ms_high throughput peak_memory_mb "
-    ends = "cost_status speed_status status reason notes"
+    ends = "cost_status speed_status status reason notes num_classes"
     expected = {
         "classification": common + "seeds top1 top1_std top5 top5_std baseline_top1 " + cost + ends,
         "segmentation": common + "seeds mIoU mIoU_std mAcc mAcc_std baseline_mIoU " + cost + ends,
         "cost": common + cost + "train_step_ms train_step_ms_low train_step_ms_high train_peak_memory_mb "
-        "cost_status speed_status reason notes",
+        "cost_status speed_status reason notes num_classes",
     }
     for kind, columns in expected.items():
         assert list(tables.frame(suite(), kind)) == columns.split()
@@ -264,3 +264,23 @@ def test_columns_without_any_number_are_told_and_not_shown(record, ragged_suite)
     assert "hardware AMD EPYC" in timed.caption
     failed = [record("speed", status="failed", reason="out of memory", metrics={})]
     assert "not run" in str(tables.display(join_cost(failed), "cost").cells)
+
+
+def test_networks_for_other_numbers_of_classes_can_be_told_apart(record):
+    records = [
+        record("cost", key=f"k{n}", metrics={"macs": n}, job={"model": "m", "num_classes": n}) for n in (19, 150)
+    ]
+    rows = join_cost(records)
+    assert labels(rows) == ["hivit_tiny 19 classes", "hivit_tiny 150 classes"]
+    table = tables.display(rows, "cost")
+    assert [cells[table.headings.index("Classes")] for cells in table.cells] == ["19", "150"]
+    assert not any(map(any, table.best))
+    assert tables.frame(records, "cost").num_classes.tolist() == [19, 150]
+
+
+def test_what_was_never_measured_comes_last_whatever_its_data(record):
+    records = [
+        record("cost", model="unknown", metrics={"macs": 1}),
+        record("evaluate", model="trained", data="zoo@1", metrics={"top1": 50.0}),
+    ]
+    assert [row.model for row in join(records, "classification")] == ["trained", "unknown"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,6 +19,7 @@ from runners.run import CONF
 
 PAPERS = CONF.parent.parent / "results" / "papers"
 SUITES = sorted(path.stem for path in (CONF / "suite").glob("*.yaml"))
+DEMO_STAGES = [stage for stage in STAGES if stage != "pretrain"]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 
 
@@ -40,7 +42,8 @@ def test_every_suite_composes_and_plans(suite):
         (len(benchmark.models), {*config.suite.stages} & {*(benchmark.stages or STAGES)} - {"report"})
         for benchmark in config.suite.benchmarks.values()
     ]
-    assert len(jobs) == sum(models * len(stages) for models, stages in planned)
+    pretrained = [label for benchmark in config.suite.benchmarks.values() for label in benchmark.pretraining]
+    assert len(jobs) == sum(models * len(stages) for models, stages in planned) + len(pretrained)
     assert config.suite.expected.cost
     assert config.suite.expected.source
     for benchmark, scores in config.suite.expected.scores.items():
@@ -66,7 +69,8 @@ def test_expected_scores_are_printed_in_a_paper(suite):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_used(recipe):
-    assert any(f"recipe: {recipe}" in (CONF / "suite" / f"{suite}.yaml").read_text() for suite in SUITES)
+    named = re.compile(rf"^  - /recipe@\S+: {recipe}$", re.MULTILINE)
+    assert any(named.search((CONF / "suite" / f"{suite}.yaml").read_text()) for suite in SUITES)
 
 
 def keys(*overrides: str) -> dict[str, set[str]]:
@@ -95,12 +99,19 @@ def test_keys_are_stable_across_processes():
         ("suite.benchmarks.segmentation.recipe.learning_rate=0.123", {"train", "evaluate"}),
         ("suite.speed.repeats=7", {"speed"}),
         ("seeds=[5]", {"train", "evaluate"}),
-        ("suite.precision=amp", {"train", "evaluate"}),
+        ("suite.precision=bfloat16", {"train", "evaluate"}),
         ("+suite.benchmarks.segmentation.data_options.seed=1", {"train", "evaluate"}),
         ("suite.benchmarks.segmentation.input_size=[96,96]", {"cost", "speed", "train", "evaluate"}),
         ("suite.title=another", set()),
         ("suite.must_gain=1", set()),
         ("executor=inline", set()),
+        # How a training runs on a machine, all at once: no part of the key but what a batch norm sees.
+        (
+            "suite.benchmarks.segmentation.recipe.engine="
+            "{processes:2,gradient_checkpointing:true,channels_last:true,compile:true,wandb:x}",
+            set(),
+        ),
+        ("suite.benchmarks.segmentation.recipe.engine.accumulate=2", {"train", "evaluate"}),
     ],
 )
 def test_a_key_changes_with_what_decides_the_outcome_and_with_nothing_else(override, changed):
@@ -110,7 +121,7 @@ def test_a_key_changes_with_what_decides_the_outcome_and_with_nothing_else(overr
 
 def test_adding_a_model_adds_its_jobs_and_touches_no_other():
     before, after = keys("models=[hivit_tiny]"), keys("models=[hivit_tiny,resnet18]")
-    for stage in STAGES:
+    for stage in DEMO_STAGES:
         assert before[stage] < after[stage]
         assert len(after[stage] - before[stage]) == 2  # one for each task
 
@@ -134,6 +145,11 @@ def test_seeds_repeat_trainings_only():
         (["suite.benchmarks.segmentation.input_size=[16,64]"], "at least 32 pixels"),
         (["suite.benchmarks.segmentation.recipe.batch_size=0"], "recipe.batch_size is 0; it must be at least 1"),
         (["suite.benchmarks.segmentation.recipe.learning_rate=-1"], "learning_rate is -1.0; it must be above 0"),
+        (["suite.benchmarks.segmentation.recipe.engine.processes=0"], "engine.processes is 0; it must be at least 1"),
+        (
+            ["suite.benchmarks.segmentation.recipe.engine={processes:2,accumulate:3}"],
+            "8 cannot be shared by 2",
+        ),
         (["suite.benchmarks.classification.head=segformer"], "a classification has no head"),
         (["suite.precision=half"], "unknown precision 'half'"),
         (["suite.benchmarks.segmentation.head=bare"], "head=bare has nothing to train"),
@@ -151,7 +167,7 @@ def test_impossible_settings_are_one_line(overrides, message):
 def test_a_benchmark_has_no_other_stages_than_its_own():
     jobs = make_jobs(configuration("suite.benchmarks.segmentation.stages=[cost,report]"))
     assert {job.stage for job in jobs if job.task == "segmentation"} == {"cost"}
-    assert {job.stage for job in jobs if job.task == "classification"} == set(STAGES)
+    assert {job.stage for job in jobs if job.task == "classification"} == set(DEMO_STAGES)
 
 
 def test_a_model_may_have_a_size_and_a_drop_path_of_its_own():
@@ -159,7 +175,7 @@ def test_a_model_may_have_a_size_and_a_drop_path_of_its_own():
     plain = make_jobs(configuration())
     special = make_jobs(configuration(f"{entry}.input_size=[96,128]", f"{entry}.drop_path_rate=0.3"))
     changed = [job for job in special if job.key not in {job.key for job in plain}]
-    assert [(job.label, job.task) for job in changed] == [("mit_b0", "segmentation")] * len(STAGES)
+    assert [(job.label, job.task) for job in changed] == [("mit_b0", "segmentation")] * len(DEMO_STAGES)
     assert {job.input_size for job in changed} == {(96, 128)}
     assert {job.recipe.drop_path_rate for job in changed if job.recipe} == {0.3}
     rated = make_jobs(configuration(f"{entry}.drop_path_rate=0.3"))

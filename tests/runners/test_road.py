@@ -243,16 +243,20 @@ def test_damaged_data_are_remade(started, undisturbed):
 
 
 def test_an_error_of_one_job_does_not_stop_the_others(started):
-    """A learning rate that makes the loss infinite: those jobs fail with a reason, the rest is complete."""
+    """A loss that becomes infinite, weights of terabytes: those jobs fail with a reason, the rest is complete."""
     printed = started.run(
         "executor=ray",
-        "models=[test_mit]",
+        "models=[test_mit,hivit_tiny]",
+        "+suite.benchmarks.classification.models.hivit_tiny.config.mlp_ratio=1e8",
         "suite.benchmarks.segmentation.recipe.learning_rate=1e30",
         "suite.benchmarks.segmentation.recipe.clip_gradient_norm=null",
         status=2,
     )
     assert "Failed: train test_mit (segmentation): the loss became" in printed
+    assert "Failed: speed hivit_tiny (classification): out of memory for 1 image of 32x32: " in printed
+    assert "Failed: train hivit_tiny (classification): out of memory for 4 images of 32x32: " in printed
     assert "Traceback" not in printed
     by_status = [record.status for record in records(started.output).values()]
-    assert by_status.count("failed") == 1
-    assert "Incomplete: 2 of 8 jobs have no result" in printed
+    assert by_status.count("failed") == 3
+    assert by_status.count("done") == 7
+    assert "Incomplete: 5 of 12 jobs have no result" in printed

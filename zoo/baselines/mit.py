@@ -6,11 +6,13 @@ with the zoo. Its module reads values while it is built, so it is built on the C
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
@@ -103,9 +105,12 @@ class MiT(Backbone):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
+        # mmsegmentation's own `with_cp` is the reentrant kind, which distributed training does not go with.
         for stage in self.backbone.layers:
             for block in stage[1]:
-                block.with_cp = enable
+                block.__dict__.pop("forward", None)
+                if enable:
+                    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         stage = r"^(?:.*\.)?backbone\.layers\.(\d+)\."
