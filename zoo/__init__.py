@@ -2,7 +2,7 @@
 
 from zoo import hiri_vit, hivit, hivit_mae, hrformer, hrvit
 from zoo.backbone import Backbone
-from zoo.baselines import mit
+from zoo.baselines import cswin, mit
 from zoo.errors import ZooError
 from zoo.published import LoadReport, load_published, published_keys
 from zoo.registry import create_model, family, list_models
@@ -12,6 +12,7 @@ __all__ = [
     "LoadReport",
     "ZooError",
     "create_model",
+    "cswin",
     "family",
     "hiri_vit",
     "hivit",

@@ -102,6 +102,25 @@ def test_parameters_of_ocr_by_window(window, params):
     assert sum(p.numel() for p in model.parameters()) == params
 
 
+@pytest.mark.parametrize(
+    ("model", "head", "params", "giga_macs"),
+    [
+        # HRViT, Table 9. mmsegmentation's SegFormer head has norms that the paper's lacks, 4 per channel of the head.
+        ("cswin_nano", {}, 5_916_470 + 4 * 256, 12.2003),
+        ("cswin_tiny", {}, 22_356_438 + 4 * 256, 29.9959),
+        ("cswin_small", {"channels": 768}, 37_347_734 + 4 * 768, 80.7655),
+        ("cswin_nano", None, 33_685_452, 216.8302),
+        ("cswin_tiny", None, 52_116_076, 235.1524),  # printed as 59.9 M, which is Swin-T's
+        ("cswin_small", None, 64_438_828, 249.2974),
+    ],
+)
+def test_cswin_with_either_head(model, head, params, giga_macs):
+    kind = "upernet" if head is None else "segformer"
+    cost = count(build(job(model, kind, head_config=head or {})), (3, 512, 512))
+    assert cost.params + cost.params_auxiliary == params
+    assert round(cost.macs / 1e9, 4) == giga_macs
+
+
 def test_swin_with_upernet():
     """mmsegmentation's Swin-T and UPerNet have 59.02 M parameters, 59.94 M with the auxiliary head."""
     model = build(job("swin_tiny_patch4_window7_224", "upernet", strict_img_size=False))

@@ -12,7 +12,7 @@ from benchmarks import model_table
 from benchmarks.errors import InputError
 
 UNCOUNTED = " - "
-CHEAPEST = {"hiri_vit_small", "hivit_tiny", "hivit_tiny_mae", "hrformer_tiny", "hrvit_b1", "mit_b0"}
+CHEAPEST = {"cswin_nano", "hiri_vit_small", "hivit_tiny", "hivit_tiny_mae", "hrformer_tiny", "hrvit_b1", "mit_b0"}
 
 
 def written() -> str:

@@ -296,6 +296,7 @@ BLOCKS = {  # one of each kind: a whole network takes minutes to trace with its 
     "test_hivit": lambda model: (model.blocks[-1], (1, 16, model.num_features), (4, 4)),
     "test_hrvit": lambda model: (model.features[-1].branches[2][0], (1, 5, 6, 24)),
     "test_hrformer": lambda model: (model.stage4[0].branches[2][0], (1, 5, 6, 16)),
+    "test_cswin": lambda model: (model.stages[2].blocks[0], (1, 5, 6, 32)),
     "test_hiri_vit": lambda model: (model.stages[3].blocks[0], (1, 32, 4, 5)),
 }
 

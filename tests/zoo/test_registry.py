@@ -85,6 +85,7 @@ def test_mit_is_mmsegmentation_s():
         ("hivit_base", "HiViT"),
         ("hivit_base_mae", "HiViT"),
         ("mit_b0", "SegFormer (MiT)"),
+        ("cswin_tiny", "CSWin"),
         ("deit_small_patch16_224", "DeiT"),
         ("swin_tiny_patch4_window7_224", "Swin"),
         ("swin_tiny_patch4_window7_224.ms_in1k", "Swin"),
