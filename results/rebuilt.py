@@ -175,7 +175,9 @@ def reported(papers: Papers, row: Row) -> tuple[float | None, str]:
     own = [printed for printed in fitting if printed.texts.get("reported_by") == "own"]
     told: dict[str, str] = {}  # what is printed -> where first
     for printed in own or fitting:
-        source = f"{printed.paper}, Table {printed.table}: {printed.label}, {printed.texts.get('dataset', '')}"
+        source = (
+            f"{papers.title(printed.paper)}, Table {printed.table}: {printed.label}, {printed.texts.get('dataset', '')}"
+        )
         told.setdefault(printed.cells[column], source.rstrip(", "))
     (value, source), *others = told.items()
     if not others:
