@@ -78,7 +78,9 @@ def write(tables: Sequence[RebuiltTable], papers: Papers, folder: Path) -> Writt
     for table in tables:
         view, name = display(table), stem(table)
         contents |= {f"{name}.csv": to_csv(table), f"{name}.md": markdown(view), f"{name}.tex": latex(view, name)}
-    displays = {"papers": index_display(tables), "verdicts": verdict_display(tables)}
+    touched = {table.paper for table in tables if table.measured}  # a run on one paper need not explain the others
+    verdicts = verdict_display([table for table in tables if table.paper in touched])
+    displays = {"papers": index_display(tables), "verdicts": verdicts}
     displays["conventions"] = conventions_display(papers)
     displays = {name: view for name, view in displays.items() if view.cells}
     links = {}
