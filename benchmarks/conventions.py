@@ -36,7 +36,7 @@ class Convention:
 
 
 def hrvit(model: nn.Module, cost: Cost) -> int:
-    """HRViT, Tables 3 to 7 and 9. `cost` is the count of `model`."""
+    """HRViT, Tables 3 to 7, 9 and S9. `cost` is the count of `model`."""
     trace = cost.trace
     # (mmsegmentation's SegFormer head projects each map with a norm and a ReLU, the published one with a bias, which
     # is one per element as well.)
@@ -53,7 +53,7 @@ def hrvit(model: nn.Module, cost: Cost) -> int:
 
 
 def hrformer(model: nn.Module, cost: Cost) -> int:
-    """HRFormer, Tables 2, 5, 6, 7, 11 and 12 (ImageNet, OCR). `cost` is the count of `model`."""
+    """HRFormer, Tables 5 to 9, 11 and 12 (ImageNet, OCR). `cost` is the count of `model`."""
     trace = cost.trace
     elementwise = 4 * trace.sum(*BATCH_NORM).elements + trace.sum(*ADD, *RELU).elements
     elementwise += trace.sum(*MULTIPLY, under=HEAD).elements + 5 * trace.sum(*SOFTMAX, under=HEAD).elements
@@ -84,7 +84,7 @@ def hrformer_pose(model: nn.Module, cost: Cost) -> int:
 
 
 def hivit(model: nn.Module, cost: Cost) -> int:
-    """HiViT, Tables 2, 3, 4, 7 and 9. `cost` is the count of `model`."""
+    """HiViT, Tables 1 to 4, 7 and 9. `cost` is the count of `model`."""
     trace = cost.trace
     norms = 5 * trace.sum(*LAYER_NORM).elements + 2 * trace.sum(*BATCH_NORM).elements
     resizing = 4 * trace.sum(*BILINEAR).elements + trace.sum(*NEAREST).elements
@@ -116,14 +116,14 @@ _HOOKED_TEXT = (
 
 HRVIT = Convention(
     "hrvit",
-    f"HRViT, Tables 3 to 7 and 9. {_HOOKED_TEXT} and bilinear resizing; of the two attention products only one, over "
-    "stripes padded to their full width. Not counted: batch norms (synchronised ones are unknown to the counter), "
+    f"HRViT, Tables 3 to 7, 9 and S9: {_HOOKED_TEXT} and bilinear resizing; of the two attention products only one, "
+    "over stripes padded to their full width. Not counted: batch norms (synchronised ones are unknown to the counter), "
     "GELU, Hardswish, softmax, additions.",
     hrvit,
 )
 HRFORMER = Convention(
     "hrformer",
-    "HRFormer, Tables 2, 5, 6, 7, 11 and 12: the flop_count of its code, from a JIT trace. MACs of convolutions, "
+    "HRFormer, Tables 5 to 9, 11 and 12: the flop_count of its code, from a JIT trace. MACs of convolutions, "
     "linear layers and all products; per element 4 for batch norms, 5 for softmax, 1 for additions (the biases of the "
     "linear layers in attention are some), multiplications, ReLU and dropout. Not counted: LayerNorm, GELU, resizing, "
     "the biases of convolutions.",
@@ -138,7 +138,7 @@ HRFORMER_POSE = Convention(
 )
 HIVIT = Convention(
     "hivit",
-    "HiViT, Tables 2, 3, 4, 7 and 9: fvcore's flop_count. MACs of convolutions, linear layers and all products; per "
+    "HiViT, Tables 1 to 4, 7 and 9: fvcore's flop_count. MACs of convolutions, linear layers and all products; per "
     "element 5 for LayerNorm, 2 for batch norms, 4 for bilinear and 1 for nearest resizing, 1 for adaptively pooled "
     "input. Not counted: softmax, GELU, additions, biases.",
     hivit,
@@ -148,8 +148,8 @@ HIRI_VIT = Convention(
 )
 HIRI_VIT_DENSE = Convention(
     "hiri_vit_dense",
-    "HIRI-ViT, Table 6 (UPerNet): MACs of convolutions and linear layers, without the products of attention. The cells "
-    "fit twice the height and width that the table names.",
+    "HIRI-ViT, Tables 4 to 6 (detectors, UPerNet): MACs of convolutions and linear layers, without the products of "
+    "attention. The cells of Table 6 fit twice the height and width that it names; detectors are not counted here.",
     without_products,
 )
 

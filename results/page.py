@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from .origin import origin
-from .papers import normalized
+from .papers import WORDS
 from .record import SCHEMA_VERSION, STAGES, TASKS, Record
 from .rows import hardware_label, started
 
@@ -101,9 +101,10 @@ def render(
         counts=Counter(record.status for record in records),
         sections=_measured(records, [path.relative_to(output) for path in files]),
         papers=_papers(rebuilt, written, records, output),
-        lists=_lists(rebuilt, written, records, output),
+        lists=_lists(rebuilt, written, output),
         plots=_plots(drawn, output),
-        unmeasured=[f"{_paper(table.paper, records)} Table {table.table}" for table in rebuilt if not table.measured],
+        unmeasured=_unmeasured(rebuilt, written, output),
+        words=WORDS,
         notes=drawn.notes,
         undone=_undone([record for record in ordered if not record.done]),
         uncounted=_uncounted(records),
@@ -139,7 +140,7 @@ def _papers(
     known = {record.key for record in records}
     papers: dict[str, list[Table]] = {}
     for table in (table for table in rebuilt if table.measured):
-        paper = _paper(table.paper, records)
+        paper = table.title or table.paper
         origins = []
         for row in table.rows:
             keys = [found.key for cell in row.cells.values() for found in (cell.measured, cell.common) if found]
@@ -152,32 +153,35 @@ def _papers(
         told = f"Table {table.table}: {totals['reported']} numbers reported, {totals['measured']} measured here, "
         told += f"{totals['reproduced']} reproduced"
         shown = _table(stem, paper_tables.display(table), origins, links)
-        caption = paper + shown.caption.removeprefix(table.paper)
-        papers.setdefault(paper, []).append(replace(shown, caption=caption, summary=told))
+        papers.setdefault(paper, []).append(replace(shown, summary=told))
     return papers
 
 
-def _paper(name: str, records: Sequence[Record]) -> str:
-    """A paper's name as that of its family is spelled ("hiri_vit" -> "HIRI-ViT"), where the records have such a one."""
-    return {normalized(record.family): record.family for record in records}.get(normalized(name), name)
+def _unmeasured(rebuilt: "Sequence[RebuiltTable]", written: "Written", output: Path) -> list[tuple[str, str]]:
+    """Name and file of each paper's table without a measured number; the file is empty where there is none."""
+    from . import paper_tables
+
+    files = {path.stem: path.relative_to(output).as_posix() for path in written.files if path.suffix == ".md"}
+    return [
+        (f"{table.title or table.paper} Table {table.table}", files.get(paper_tables.stem(table), ""))
+        for table in rebuilt
+        if not table.measured
+    ]
 
 
-def _lists(
-    rebuilt: "Sequence[RebuiltTable]", written: "Written", records: Sequence[Record], output: Path
-) -> dict[str, Table]:
+def _lists(rebuilt: "Sequence[RebuiltTable]", written: "Written", output: Path) -> dict[str, Table]:
     """The index of the papers' tables, the verdicts and the conventions, those that there are."""
     from . import paper_tables
 
-    stems = {(table.paper, table.table): paper_tables.stem(table) for table in rebuilt if table.measured}
+    stems = {(table.title or table.paper, table.table): paper_tables.stem(table) for table in rebuilt if table.measured}
     lists = {}
     for name, display in written.displays.items():
-        links = [path.relative_to(output).as_posix() for path in written.links.get(name, ()) if path.stem == "index"]
-        table = _table(name, display, [(_paper(cells[0], records), []) for cells in display.cells], links)
+        links = [path.relative_to(output).as_posix() for path in written.links.get(name, ())]
+        table = _table(name, display, [(cells[0], []) for cells in display.cells], links)
         for line in table.lines:
             paper, number = line.cells[:2]
             if stem := stems.get((paper.text, number.text)):
                 line.cells[1] = replace(number, href=f"#{stem}")
-            line.cells[0] = replace(paper, text=line.group)
         lists[name] = table
     return lists
 

@@ -3,20 +3,44 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .display import Display, latex, markdown
 from .files import write_atomic
-from .papers import Papers
-from .rebuilt import COSTS, REPORTED_ONLY, SCORES, Comparison, Measured, RebuiltRow, RebuiltTable, Summary, summarize
+from .papers import NUMBERS, WORDS, Papers
+from .rebuilt import (
+    ABSENT,
+    COSTS,
+    REPORTED_ONLY,
+    SCORES,
+    Comparison,
+    Measured,
+    RebuiltRow,
+    RebuiltTable,
+    Summary,
+    summarize,
+)
 from .rows import NOT_RUN
 
 FOLDER = "papers"  # below the tables' folder
 _TITLES = {"params_m": "Params", "gflops": "FLOPs", "top1": "Top-1", "miou": "mIoU", "miou_ms": "mIoU, several scales"}
 _UNITS = {"params_m": "M", "gflops": "G", "top1": "%", "miou": "%", "miou_ms": "%"}
+_PRINTED = {  # what is carried as reported data, by column
+    "throughput": "Throughput reported (images/s)",
+    "memory": "Memory reported",
+    "top5": "Top-5 reported (%)",
+    "v2_top1": "ImageNet-V2 top-1 reported (%)",
+    "real_top1": "ReaL top-1 reported (%)",
+    **{
+        f"{ap}_{kind}": f"{ap.upper()} {kind} reported (%)" for kind in ("box", "mask") for ap in ("ap", "ap50", "ap75")
+    },
+    **{f"{ap}_kp": f"{ap.upper()} key points reported (%)" for ap in ("ap", "ap50", "ap75", "apm", "apl", "ar")},
+}
 _WHAT = ("paper", "table", "row", "label", "group", "model", "config", "head", "setting", "dataset")
+_NOTHING = {"", REPORTED_ONLY}
 Mark = Callable[[str, str], str]  # a text and a note -> the text with the number of its footnote
 _PARTS = ("reported", "recomputed", "measured", "status", "difference", "verdict", "evidence", "note", "record")
 
@@ -28,6 +52,7 @@ SCHEMA = (
     *("num_classes", "input_size", "cost_input_size", "reported_by", "convention"),
     *(f"{column}_{part}" for column in (*COSTS, *SCORES) for part in _PARTS),
     *("gmacs_measured", "gmacs_status", "gmacs_difference"),  # the common convention against the printed FLOPs
+    *(f"{column}_reported" for column in NUMBERS if column not in (*COSTS, *SCORES)),  # carried as printed
     "source_note",
 )
 
@@ -42,26 +67,31 @@ class Written:
 
 
 def write(tables: Sequence[RebuiltTable], papers: Papers, folder: Path) -> Written:
-    """Write the tables with a measured number into `folder`/papers, each as CSV, Markdown and LaTeX, and `index.csv`.
+    """Write all tables into `folder`/papers, each as CSV, Markdown and LaTeX; as CSV and Markdown `index`, `verdicts`
+    and `conventions`.
 
-    Without any such table nothing is written. Raises `OSError` with the path when a file cannot be written.
+    Without any measured number nothing is written. Raises `OSError` with the path when a file cannot be written.
     """
-    shown = [table for table in tables if table.measured]
-    if not shown:
+    if not any(table.measured for table in tables):
         return Written([], {}, {})
-    folder = folder / FOLDER
-    links = []
-    for table in shown:
+    contents: dict[str, str] = {}
+    for table in tables:
         view, name = display(table), stem(table)
-        for suffix, content in {"csv": to_csv(table), "md": markdown(view), "tex": latex(view, name)}.items():
-            write_atomic(folder / f"{name}.{suffix}", content)
-            links.append(folder / f"{name}.{suffix}")
-    index = folder / "index.csv"
-    write_atomic(index, _csv(_INDEX, [_index_line(table) for table in tables]))
-    displays = {"papers": index_display(tables), "verdicts": verdict_display(shown)}
+        contents |= {f"{name}.csv": to_csv(table), f"{name}.md": markdown(view), f"{name}.tex": latex(view, name)}
+    displays = {"papers": index_display(tables), "verdicts": verdict_display(tables)}
     displays["conventions"] = conventions_display(papers)
     displays = {name: view for name, view in displays.items() if view.cells}
-    return Written([*links, index], displays, {"papers": [index, *links]})
+    links = {}
+    for name, view in displays.items():
+        own = "index" if name == "papers" else name
+        contents |= {f"{own}.csv": _plain_csv(view), f"{own}.md": markdown(view)}
+        links[name] = [folder / FOLDER / f"{own}.{suffix}" for suffix in ("csv", "md")]
+    contents["index.csv"] = _csv(_INDEX, [_index_line(table) for table in tables])
+    if "verdicts.md" in contents:
+        contents["verdicts.md"] += "\n" + "".join(f"- **{word}**: {meaning}.\n" for word, meaning in WORDS.items())
+    for name, content in contents.items():
+        write_atomic(folder / FOLDER / name, content)
+    return Written([folder / FOLDER / name for name in contents], displays, links)
 
 
 def stem(table: RebuiltTable) -> str:
@@ -77,7 +107,8 @@ def to_csv(table: RebuiltTable) -> str:
 def display(table: RebuiltTable) -> Display:
     """A rebuilt table for people: what was printed, what was counted or run here, the difference, and a verdict."""
     columns = [column for column in (*COSTS, *SCORES) if any(column in line.cells for line in table.rows)]
-    headings = ["Row", "Model", "Data", "Size"]
+    headings = ["Row", "Model", "Data", "Size", "Setting"]
+    described = len(headings)
     for column in columns:
         title, unit = _TITLES[column], _UNITS[column]
         headings.append(f"{title} reported ({unit})")
@@ -87,9 +118,14 @@ def display(table: RebuiltTable) -> Display:
             headings.append(f"{title} {'counted' if column in COSTS else 'run here'} ({unit})")
         headings.append("Difference (%)" if column in COSTS else "Difference (points)")
         headings += ["Verdict"] if column in COSTS else []
+    extra = [column for column in _PRINTED if any(column in line.row.cells for line in table.rows)]
+    headings += [_PRINTED[column] for column in extra]
     footnotes: dict[str, int] = {}
+    costs = (line.cells[column].measured for line in table.rows for column in COSTS if column in line.cells)
+    absent = ", ".join(dict.fromkeys(m.reason.removeprefix(ABSENT) for m in costs if m.reason.startswith(ABSENT)))
 
     def mark(text: str, note: str) -> str:
+        note = ABSENT + absent if note.startswith(ABSENT) else note  # one footnote for all of them
         return f"{text} [{footnotes.setdefault(note, len(footnotes) + 1)}]" if note else text
 
     cells, values, measured = [], [], []
@@ -97,13 +133,28 @@ def display(table: RebuiltTable) -> Display:
         texts: list[tuple[str, float | None, bool]] = [(text, None, True) for text in _described(line)]
         for column in columns:
             texts += _cells(column, line.cells.get(column), line.row.derived, mark)
+        texts += [(line.row.cells.get(column, ""), line.row.number(column), True) for column in extra]
         cells.append([text for text, _, _ in texts])
         values.append([value for _, value, _ in texts])
         measured.append([known for _, _, known in texts])
-    numeric = [False] * 4 + ["Verdict" not in heading for heading in headings[4:]]
-    way = f"; FLOPs in the paper's way: {table.convention}" if table.convention else ""
+    numeric = [False] * described + ["Verdict" not in heading for heading in headings[described:]]
+    # A column of what nobody can measure or has measured says nothing.
+    empty = [{row[n] for row in cells} <= _NOTHING for n in range(len(headings))]
+    counted = any(not empty[n] for n, heading in enumerate(headings) if re.search("counted|run here", heading))
+    # What is only reported has room for the rows' settings.
+    kept = [n for n, heading in enumerate(headings) if "reported" in heading or not empty[n]]
+    kept = [n for n in kept if not (counted and headings[n] == "Setting")]
+
+    def narrowed(rows: list[list]) -> list[list]:
+        return [[row[n] for n in kept] for row in rows]
+
+    cells, values, measured = narrowed(cells), narrowed(values), narrowed(measured)
+    headings, numeric = narrowed([headings, numeric])
+    told = "as reported" + (", and as counted and run here" if table.measured else "; nothing was measured here")
+    told += f"; a copy of Table {table.repeats}, left out of totals" if table.repeats else ""
+    told += "; how the paper counts FLOPs: see the conventions" if any("paper's way" in h for h in headings) else ""
     return Display(
-        caption=f"{table.paper}, Table {table.table}: as reported, and as counted and run here{way}",
+        caption=f"{table.title or table.paper}, Table {table.table}: {told}",
         headings=headings,
         numeric=numeric,
         cells=cells,
@@ -115,16 +166,19 @@ def display(table: RebuiltTable) -> Display:
 
 
 def index_display(tables: Sequence[RebuiltTable]) -> Display:
-    """What came of each table with a measured number, and of all `tables`: numbers of cells."""
+    """What came of each table, of all `tables`, and of the rows that the authors measured ("own"): numbers of cells."""
     headings = ["Paper", "Table", "Column", *(field.name.capitalize() for field in fields(Summary))]
     lines: list[tuple[str, str, str, Summary]] = []
-    for table in (table for table in tables if table.measured):
-        lines += [(table.paper, table.table, _TITLES[c], s) for c, s in summarize([table]).items() if s.reported]
-    lines += [("all papers", "all", _TITLES[c], s) for c, s in summarize(tables).items() if s.reported]
+    for table in tables:
+        name = table.title or table.paper
+        lines += [(name, table.table, _TITLES[c], s) for c, s in summarize([table]).items() if s.reported]
+    for rows, which in (("", "all papers"), ("own", "all papers, own rows")):
+        lines += [(which, "all", _TITLES[c], s) for c, s in summarize(tables, rows).items() if s.reported]
     values = [[None] * 3 + [getattr(s, field.name) for field in fields(Summary)] for *_, s in lines]
     cells = [[*known, *(str(value) for value in row[3:])] for (*known, _), row in zip(lines, values, strict=True)]
     caption = "Cells of the papers' tables: reported, measured here, reproduced to the printed precision, explained"
-    return _plain(caption + " by a verdict, still differing", headings, cells, values)
+    caption += " by a verdict, still differing, and open (neither measured nor explained)"
+    return _plain(caption, headings, cells, values)
 
 
 def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
@@ -137,7 +191,7 @@ def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
                     continue
                 printed, best = cell.printed, cell.measured if cell.measured.value is not None else cell.common
                 counted = _number(best.value, column) if best and best.value is not None else cell.measured.status
-                where = [table.paper, table.table, line.row.label, _TITLES[column], printed, counted]
+                where = [table.title or table.paper, table.table, line.row.label, _TITLES[column], printed, counted]
                 key = (table.paper, table.table, line.row.printed, *where[2:])
                 cells.setdefault(key, [*where, cell.verdict or "differs", cell.evidence])
     headings = ["Paper", "Table", "Row", "Column", "Reported", "Measured", "Verdict", "Evidence"]
@@ -146,10 +200,9 @@ def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
 
 def conventions_display(papers: Papers) -> Display:
     """How each paper counted its FLOPs."""
-    cells = [[c.paper, ", ".join(c.tables), c.name, c.text] for c in papers.conventions]
-    return _plain(
-        "How the papers counted what they call FLOPs", ["Paper", "Tables", "Convention", "What counts"], cells
-    )
+    cells = [[c.title or c.paper, ", ".join(c.tables), c.text, c.name] for c in papers.conventions]
+    headings = ["Paper", "Tables", "What counts", "Name in records"]
+    return _plain("How the papers counted what they call FLOPs", headings, cells)
 
 
 _INDEX = ("paper", "table", "convention", "rows", "file")
@@ -158,7 +211,7 @@ _INDEX += tuple(f"{column}_{field.name}" for column in (*COSTS, *SCORES) for fie
 
 def _index_line(table: RebuiltTable) -> dict[str, object]:
     line: dict[str, object] = {"paper": table.paper, "table": table.table, "convention": table.convention}
-    line |= {"rows": len(table.rows), "file": f"{stem(table)}.csv" if table.measured else ""}
+    line |= {"rows": len(table.rows), "file": f"{stem(table)}.csv"}
     for column, summary in summarize([table]).items():
         line |= {f"{column}_{field.name}": getattr(summary, field.name) for field in fields(Summary)}
     return line
@@ -182,12 +235,14 @@ def _plain(
 
 
 def _described(line: RebuiltRow) -> list[str]:
-    """Label, model with configuration and head, data, and the size (that of the cost behind a stroke, if another)."""
+    """Label, model with configuration and head or other framework, data, the size (that of the cost behind a stroke, if
+    another), and the setting."""
     row = line.row
     config = ", ".join(f"{name}={json.dumps(value)}" for name, value in (row.config or {}).items())
-    model = " + ".join(filter(None, [f"{row.model} ({config})" if config else row.model, row.head]))
+    framework = row.texts.get("framework", "")
+    model = " + ".join(filter(None, [f"{row.model} ({config})" if config else row.model, row.head or framework]))
     sizes = dict.fromkeys(f"{h}x{w}" for h, w in filter(None, (row.input_size, row.cost_input_size)))
-    return [row.label, model, row.texts.get("dataset", ""), " / cost ".join(sizes)]
+    return [row.label, model, row.texts.get("dataset", ""), " / cost ".join(sizes), row.texts.get("setting", "")]
 
 
 def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> list[tuple[str, float | None, bool]]:
@@ -195,7 +250,7 @@ def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> l
     width = {"params_m": 4, "gflops": 6}.get(column, 3)
     if cell is None:
         return [("", None, True)] * width
-    note = cell.verdict if derived and column in SCORES else ""
+    note = ": ".join(filter(None, (cell.verdict, cell.evidence))) if derived and column in SCORES else ""
     reported = None if derived else float(cell.printed)
     texts = [(mark(cell.printed, note), reported, True)]
     for measured in filter(None, (cell.common, cell.measured) if column == "gflops" else (cell.measured,)):
@@ -213,7 +268,10 @@ def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> l
 
 def _measured(measured: Measured, column: str, derived: bool, mark: Mark) -> tuple[str, float | None, bool]:
     if measured.value is None:
-        note = "" if measured.status in ("", NOT_RUN, REPORTED_ONLY) else measured.reason
+        silent = measured.status in ("", REPORTED_ONLY) or (
+            measured.status == NOT_RUN and (derived or column in SCORES)
+        )
+        note = "" if silent else measured.reason
         return mark(measured.status, note), None, False
     if derived:
         text = f"{measured.value:+.1f}%" if column in COSTS else f"{measured.value:+.2f}"
@@ -240,6 +298,7 @@ def _line(table: RebuiltTable, line: RebuiltRow) -> dict[str, object]:
     out |= {"config": json.dumps(row.config) if row.config != {} else "", "num_classes": row.num_classes}
     out |= {"reported_by": row.texts.get("reported_by", ""), "convention": table.convention}
     out["source_note"] = row.texts.get("note", "")
+    out |= {f"{column}_reported": text for column, text in row.cells.items()}
     for column, cell in line.cells.items():
         out |= {
             f"{column}_reported": cell.printed,
@@ -256,6 +315,11 @@ def _line(table: RebuiltTable, line: RebuiltRow) -> dict[str, object]:
             out |= {"gmacs_measured": cell.common.value, "gmacs_status": cell.common.status}
             out["gmacs_difference"] = _difference(column, cell.printed, cell.common)
     return out
+
+
+def _plain_csv(table: Display) -> str:
+    columns = [heading.lower().replace(" ", "_") for heading in table.headings]
+    return _csv(columns, [dict(zip(columns, cells, strict=True)) for cells in table.cells])
 
 
 def _csv(columns: Sequence[str], lines: Iterable[dict[str, object]]) -> str:

@@ -54,6 +54,17 @@ COLUMNS = {
     "reported_by": "own (the paper measured it) or other (quoted)",
     "note": "repaired and doubtful cells, and why",
 }
+# The words of verdicts.csv, and what each means.
+WORDS = {
+    "quoted": "the number is another paper's, counted in another way",
+    "other parts": "the printed number has parts of the network that the other rows leave out, or lacks some",
+    "other size": "the number belongs to another image size than the printed one",
+    "reconstruction": "the network is not fully described; what is built here in its place comes close",
+    "rounding": "cut, rounded twice or just beside the edge of rounding: the network is the same",
+    "misprint": "the number belongs to another row or model",
+    "explained": "the evidence says what gives the printed number; it is not counted in this way here",
+    "cannot be known": "what is published does not tell which network or way of counting gives the number",
+}
 DELTAS = {"delta_params": "params_m", "delta_gflops": "gflops", "delta_top1": "top1", "delta_miou": "miou"}
 _REQUIRED = ("paper", "table", "row", "label")
 _TEXTS = ("group", "framework", "setting", "dataset", "split", "reported_by", "note")
@@ -139,6 +150,8 @@ class Convention:
     tables: tuple[str, ...]
     name: str
     text: str
+    title: str = ""  # the paper's name as people spell it
+    repeats: Mapping[str, str] = field(default_factory=dict)  # tables that are copies of others, by name
 
 
 @dataclass(frozen=True)
@@ -168,6 +181,14 @@ class Papers:
     def convention(self, paper: str, table: str) -> str:
         """The name of the convention that a table was counted in; empty where it is not known."""
         return next((c.name for c in self.conventions if c.paper == paper and table in c.tables), "")
+
+    def title(self, paper: str) -> str:
+        """A paper's name as people spell it; `paper` itself where no convention tells it."""
+        return next((c.title for c in self.conventions if c.paper == paper and c.title), paper)
+
+    def repeats(self, paper: str, table: str) -> str:
+        """The table of which another one is a copy; empty where it is none."""
+        return next((c.repeats[table] for c in self.conventions if c.paper == paper and table in c.repeats), "")
 
 
 def files(folder: Path = FOLDER) -> list[Path]:
@@ -202,7 +223,7 @@ def read(path: str | Path) -> list[PaperRow]:
 
     Raises:
         PaperError: the file cannot be read; an unknown, repeated or missing column; a damaged number, size or JSON;
-            FLOPs without a size; a row that comes twice; a derived row of rows that are not
+            parameters or FLOPs of 0; FLOPs without a size; a row that comes twice; a derived row of rows that are not
             there.
     """
     path = Path(path)
@@ -287,6 +308,8 @@ def _row(where: str, line: Mapping[str, str]) -> PaperRow:
     for name, text in cells.items():
         if not (_MEMORY if name == "memory" else _NUMBER).fullmatch(text):
             raise wrong(name, "number")
+        if name in ("params_m", "gflops") and float(text) <= 0:
+            raise PaperError(f"{where}: {name} is '{text}'; it must be above 0, or empty where nothing is printed")
     other = dict(part.partition("=")[::2] for part in line.get("other", "").split(";") if part)
     for name in DELTAS.keys() & other:
         if not re.fullmatch(r"[+-]?\d+(\.\d+)?%?", other[name]):
@@ -320,10 +343,14 @@ def _row(where: str, line: Mapping[str, str]) -> PaperRow:
 
 def _read_conventions(path: Path) -> list[Convention]:
     names = ("paper", "tables", "convention", "text")
-    lines = (line for _, line in _lines(path, names, names))
-    return [
-        Convention(line["paper"], tuple(line["tables"].split()), line["convention"], line["text"]) for line in lines
-    ]
+    conventions = []
+    for _, line in _lines(path, (*names, "title", "repeats"), names):
+        repeats = dict(pair.partition("=")[::2] for pair in line.get("repeats", "").split())
+        tables = tuple(line["tables"].split())
+        conventions.append(
+            Convention(line["paper"], tables, line["convention"], line["text"], line.get("title", ""), repeats)
+        )
+    return conventions
 
 
 def _read_verdicts(path: Path, rows: Sequence[PaperRow]) -> dict[tuple[str, str, int, str], Verdict]:

@@ -14,6 +14,7 @@ from .rows import NOT_RUN, Row, join, rank_key, started
 COUNTED, RUN_HERE, REPORTED_ONLY = "counted", "run here", "reported only"
 REPRODUCED, CUT, COMMON = "reproduced", "reproduced (cut, not rounded)", "reproduced (common convention)"
 FOLLOWS = "follows from the rows"
+ABSENT = "no record of "
 COSTS, SCORES = ("params_m", "gflops"), ("top1", "miou", "miou_ms")
 _METRIC = {"top1": "top1", "miou": "mIoU", "miou_ms": "mIoU_ms"}  # of a record, by column
 # Fields of a configuration that make no other network: its size, its training, its weights, which maps a head reads.
@@ -68,6 +69,8 @@ class RebuiltTable:
     table: str
     convention: str  # that the paper counted in; empty where it is not known
     rows: list[RebuiltRow] = field(default_factory=list)
+    title: str = ""  # the paper's name as people spell it
+    repeats: str = ""  # the table of the same paper that this one is a copy of
 
     @property
     def measured(self) -> bool:
@@ -84,14 +87,16 @@ class Summary:
     reproduced: int = 0  # to the printed precision
     explained: int = 0  # with a verdict in place of that
     differing: int = 0  # measured, neither reproduced nor explained (parameters and FLOPs only)
+    open: int = 0  # neither measured nor explained
 
 
 def rebuild(papers: Papers, records: Iterable[Record]) -> list[RebuiltTable]:
-    """All tables with parameters, FLOPs, top-1 or mIoU, in the order of the papers' files."""
+    """All tables with any printed number, in the order of the papers' files."""
     ledger = _Ledger(records)
     tables = []
     for (paper, name), rows in papers.tables().items():
-        table = RebuiltTable(paper, name, papers.convention(paper, name))
+        told = {"title": papers.title(paper), "repeats": papers.repeats(paper, name)}
+        table = RebuiltTable(paper, name, papers.convention(paper, name), **told)
         lines: dict[int, RebuiltRow] = {}
         for row in rows:
             if not row.derived:
@@ -100,15 +105,20 @@ def rebuild(papers: Papers, records: Iterable[Record]) -> list[RebuiltTable]:
             if row.derived:
                 lines[row.row] = RebuiltRow(row, _derive(row, lines))
         table.rows.extend(lines[row.row] for row in rows)
-        if any(line.cells for line in table.rows):
+        if any(row.cells or row.deltas for row in rows):
             tables.append(table)
     return tables
 
 
 def summarize(tables: Iterable[RebuiltTable], reported_by: str = "") -> dict[str, Summary]:
-    """The cells of `tables` by column, of all rows or of those that the paper's authors measured ("own")."""
+    """The cells of `tables` by column, of all rows or of those that the paper's authors measured ("own").
+
+    A table that repeats another of `tables` is left out.
+    """
+    tables = list(tables)
+    names = {(table.paper, table.table) for table in tables}
     summaries = {column: Summary() for column in (*COSTS, *SCORES)}
-    for table in tables:
+    for table in (table for table in tables if (table.paper, table.repeats) not in names):
         seen = set()
         for line in table.rows:
             if line.row.derived or reported_by not in ("", line.row.texts.get("reported_by")):
@@ -124,6 +134,7 @@ def summarize(tables: Iterable[RebuiltTable], reported_by: str = "") -> dict[str
                 summary.reproduced += cell.reproduced
                 summary.explained += explained
                 summary.differing += column in COSTS and cell.known and not cell.verdict
+                summary.open += not (cell.known or cell.verdict)
     return summaries
 
 
@@ -261,9 +272,11 @@ def _compare(row: PaperRow, papers: Papers, ledger: _Ledger) -> dict[str, Compar
 
 
 def _absent(row: PaperRow, possible: bool) -> Measured:
+    if not row.task:
+        return Measured(REPORTED_ONLY, reason="carried as reported data")
     if not possible:
         return Measured(REPORTED_ONLY, reason="nothing here builds or trains this row")
-    return Measured(NOT_RUN, reason="no record of it yet")
+    return Measured(NOT_RUN, reason=ABSENT + " + ".join(filter(None, (row.model, row.head))))
 
 
 def _cost(row: PaperRow, record: Record | None, metric: str, unit: float) -> Measured:
@@ -337,7 +350,8 @@ def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow]) -> dict[str, Compari
             status = COUNTED if percent else RUN_HERE
             measured = Measured(status, float(_difference(values[0], values[1], percent)))
         verdict = {REPRODUCED: FOLLOWS, CUT: f"{FOLLOWS} (cut, not rounded)"}.get(fits, f"the rows give {recomputed}")
-        cells[column] = Comparison(printed, measured, recomputed=recomputed, verdict=verdict)
+        note = "" if fits else row.texts.get("note", "")
+        cells[column] = Comparison(printed, measured, recomputed=recomputed, verdict=verdict, evidence=note)
     return cells
 
 

@@ -4,7 +4,10 @@ HRViT: arXiv 2111.01236; HRFormer: 2110.09408; HiViT: 2205.14949; HIRI-ViT: 2403
 """
 
 import dataclasses
+import json
 import math
+import re
+import warnings
 from functools import cache
 
 import pytest
@@ -15,11 +18,13 @@ from torch import nn
 
 import zoo
 from benchmarks import segmentation
-from benchmarks.conventions import HIVIT, HRVIT, paper_convention
+from benchmarks.conventions import CONVENTIONS, HIVIT, HRVIT, paper_convention
 from benchmarks.cost import count
 from benchmarks.engine import Context
-from benchmarks.job import Job
+from benchmarks.job import HEADS, Job
 from benchmarks.measure import measure
+from benchmarks.trace import on_meta
+from results import papers
 from results.record import METRICS
 
 Setting = tuple[str, int | tuple[int, int], tuple]  # model, size of the image, other arguments of `built`
@@ -245,6 +250,36 @@ def test_other_models_have_no_convention_of_a_paper():
     assert paper_convention(nn.Linear(2, 2)) is None
     assert paper_convention(built("mit_b0")) is None
     assert paper_convention(built("cswin_nano", "segformer", 150)) is None
+
+
+def numbered(text: str) -> tuple[str, ...]:
+    """ "HRViT, Tables 3 to 5 and S9: ..." -> ("3", "4", "5", "S9")"""
+    tables = re.match(r"[\w-]+, Tables? ((?:S?\d+|to|and|,| )+)", text)[1]
+    spans = (re.split(" to ", part.strip()) for part in re.split(",|and", tables))
+    return tuple(
+        name
+        for first, *last in spans
+        for name in ([first] if not last else map(str, range(int(first), int(last[0]) + 1)))
+    )
+
+
+def test_the_papers_data_tell_the_same_conventions():
+    """results/papers/conventions.csv names what is implemented here, for the same tables of the same papers."""
+    there = {convention.name: (convention.title, convention.tables) for convention in papers.load().conventions}
+    assert there == {c.name: (c.text.partition(",")[0], numbered(c.text)) for c in CONVENTIONS}
+
+
+NOT_YET = ("hrnet_mit", "hrnet_cswin")  # the hybrids of HRNet are not in the zoo yet
+
+
+@pytest.mark.parametrize("paper", sorted({row.paper for row in papers.load().rows}))
+def test_every_model_that_a_paper_names_can_be_built(paper):
+    """Names of the zoo or timm, with fields of their configurations; heads take their settings."""
+    rows = [row for row in papers.load().rows if row.paper == paper and not row.model.startswith(NOT_YET)]
+    assert {row.head for row in rows} <= {"", *HEADS}
+    for model, config in {(row.model, json.dumps(row.config)) for row in rows if row.model and row.config is not None}:
+        with on_meta(), warnings.catch_warnings(action="ignore"):
+            zoo.create_model(model, **json.loads(config))
 
 
 def attention(inputs: list, outputs: list) -> int:

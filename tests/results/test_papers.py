@@ -118,6 +118,8 @@ def test_every_table_with_flops_has_a_convention_and_verdicts_name_cells():
     assert loaded.convention("hrformer", "3") == "hrformer_pose"
     assert loaded.verdicts["hrformer", "3", 9, "gflops"].verdict == "misprint"
     assert all(verdict.evidence for verdict in loaded.verdicts.values())
+    assert {verdict.verdict for verdict in loaded.verdicts.values()} == set(papers.WORDS)
+    assert [loaded.title(paper) for paper in (*PAPERS, "mine")] == ["HRViT", "HRFormer", "HiViT", "HIRI-ViT", "mine"]
 
 
 def test_a_paper_of_ones_own(tmp_path):
@@ -146,6 +148,7 @@ BAD = {
         HEADER + LINE.replace("82.1", "82,1").replace("82,1", '"82,1"'),
         "top1 is '82,1', which is no number",
     ),
+    "nothing printed as 0": (HEADER + LINE.replace("4.6", "0"), "line 2: gflops is '0'; it must be above 0, or empty"),
     "damaged size": (HEADER + LINE.replace("224x224", "224"), "input_size is '224', which is no size such as"),
     "damaged row": (HEADER + LINE.replace("1,1,", "1,one,"), "row is 'one', which is no positive whole number"),
     "repeated row": (HEADER + LINE + LINE, "line 3: row 1 of Table 1 comes twice"),

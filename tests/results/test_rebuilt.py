@@ -1,6 +1,7 @@
 """The papers' tables rebuilt from made-up ledgers: what is joined, what is not, and how it is shown."""
 
 import csv
+import dataclasses
 import io
 
 import pytest
@@ -10,18 +11,20 @@ from results.ledger import Ledger
 from results.rebuilt import CUT, REPRODUCED, rebuild, reproduced, summarize
 
 HEADER = "paper,table,row,label,model,config,framework,head,head_config,setting,dataset,num_classes,input_size,"
-HEADER += "cost_input_size,params_m,gflops,top1,miou,other,derived,reported_by\n"
+HEADER += "cost_input_size,params_m,gflops,top1,miou,other,derived,reported_by,throughput,ap_box\n"
 MINE = """\
-mine,1,1,Mine-S,mine_s,,,,,,ImageNet-1K,1000,224x224,,20.0,4.6,80.0,,,,own
-mine,1,2,Mine-S wide,mine_s,"{""width"": [3, 3]}",,,,,ImageNet-1K,1000,224x224,,30.0,9.2,81.0,,,,own
-mine,1,3,Theirs,theirs,,,,,,ImageNet-1K,1000,224x224,,40.0,8.0,79.0,,,,other
-mine,1,4,Nobody's,,,,,,,ImageNet-1K,1000,224x224,,50.0,9.0,82.5,,,,other
-mine,1,5,Other blocks,mine_s,null,,,,,ImageNet-1K,1000,224x224,,21.0,4.8,80.5,,,,own
-mine,1,6,Average,,,,,,,ImageNet-1K,,,,,,,,delta_params=-37.5%;delta_top1=+1.50,"{""own"": [1, 2], ""others"": [3]}",own
-mine,2,1,Mine-S,mine_s,,SegFormer,segformer,"{""channels"": 768}",,Cityscapes,19,1024x1024,512x512,25.0,50.4,,78.0,,,own
-mine,2,2,Mine-S,mine_s,,MAE,,,pre-training MAE,ImageNet-1K,1000,224x224,,20.0,4.6,83.0,,,,own
-mine,2,3,Mine-S,mine_s,,UPerNet,upernet,,,ADE20K,150,512x512,,55.0,230,,45.0,printed_row=3,,own
-mine,2,4,Mine-S,mine_s,,UPerNet,upernet,,,Cityscapes,150,512x512,,55.0,230,,75.0,printed_row=3,,own
+mine,1,1,Mine-S,mine_s,,,,,,ImageNet-1K,1000,224x224,,20.0,4.6,80.0,,,,own,,
+mine,1,2,Mine-S wide,mine_s,"{""width"": [3, 3]}",,,,,ImageNet-1K,1000,224x224,,30.0,9.2,81.0,,,,own,,
+mine,1,3,Theirs,theirs,,,,,,ImageNet-1K,1000,224x224,,40.0,8.0,79.0,,,,other,,
+mine,1,4,Nobody's,,,,,,,ImageNet-1K,1000,224x224,,50.0,9.0,82.5,,,,other,,
+mine,1,5,Other blocks,mine_s,null,,,,,ImageNet-1K,1000,224x224,,21.0,4.8,80.5,,,,own,,
+mine,1,6,Mean,,,,,,,ImageNet-1K,,,,,,,,delta_params=-37.5%;delta_top1=+1.50,"{""own"": [1, 2], ""others"": [3]}",own,,
+mine,2,1,Mine,mine_s,,SegFormer,segformer,"{""channels"": 768}",,Cityscapes,19,1024x1024,512x512,25.0,50.4,,78.0,,,own,,
+mine,2,2,Mine-S,mine_s,,MAE,,,pre-training MAE,ImageNet-1K,1000,224x224,,20.0,4.6,83.0,,,,own,,
+mine,2,3,Mine-S,mine_s,,UPerNet,upernet,,,ADE20K,150,512x512,,55.0,230,,45.0,printed_row=3,,own,,
+mine,2,4,Mine-S,mine_s,,UPerNet,upernet,,,Cityscapes,150,512x512,,55.0,230,,75.0,printed_row=3,,own,,
+mine,3,1,Mine-S,mine_s,,Mask R-CNN,,,,COCO,,800x600,,44.0,180,,,,,own,1200,
+mine,3,2,Theirs,theirs,,Mask R-CNN,,,,COCO,,800x600,,46.0,190,,,,,other,,41.5
 """
 
 
@@ -30,7 +33,7 @@ def mine(tmp_path):
     folder = tmp_path / "papers"
     folder.mkdir()
     (folder / "mine.csv").write_text(HEADER + MINE)
-    (folder / papers.CONVENTIONS).write_text("paper,tables,convention,text\nmine,1 2,hivit,as HiViT\n")
+    (folder / papers.CONVENTIONS).write_text("paper,title,tables,convention,text\nmine,Mine,1 2,hivit,as HiViT\n")
     verdicts = "mine,1,1,gflops,misprint,never used\nmine,1,2,gflops,misprint,twice\nmine,1,4,params_m,quoted,them\n"
     (folder / papers.VERDICTS).write_text("paper,table,row,column,verdict,evidence\n" + verdicts)
     return papers.load(folder=folder)
@@ -186,11 +189,27 @@ def test_derived_rows_are_recomputed_from_both(mine, counted):
 def test_cells_are_counted_once(mine, counted):
     found = summarize(rebuild(mine, [counted(macs=4.7e9), counted("theirs", params=44e6)]))
     params, flops = found["params_m"], found["gflops"]
-    assert (params.reported, flops.reported) == (8, 8)  # the row that is split by data set is one
+    assert (params.reported, flops.reported) == (10, 10)  # the row that is split by data set is one
     assert (params.measured, params.reproduced, params.explained, params.differing) == (3, 2, 1, 1)
     # The verdict on Mine-S stands, since 4.7 is not 4.6; in Table 2 the same number differs without one.
     assert (flops.measured, flops.reproduced, flops.explained, flops.differing) == (3, 0, 2, 2)
-    assert summarize(rebuild(mine, []), "other")["params_m"].reported == 2
+    assert (params.open, flops.open) == (6, 6)
+    for found in (params, flops):
+        assert found.reported == found.reproduced + found.explained + found.differing + found.open
+    assert summarize(rebuild(mine, []), "other")["params_m"].reported == 3
+
+
+def test_a_table_that_repeats_another_is_counted_once(mine):
+    tables = rebuild(mine, [])
+    copy = dataclasses.replace(tables[0], table="S1", repeats="1")
+    assert summarize([*tables, copy]) == summarize(tables)
+    assert summarize([copy])["params_m"].reported == 5
+    assert "a copy of Table 1, left out of totals" in paper_tables.display(copy).caption
+    loaded = papers.load()
+    assert [t.table for t in rebuild(loaded, []) if t.repeats] == ["S8", "S9"]
+    for table in ("8", "9"):
+        first, second = (loaded.tables()["hrvit", name] for name in (table, f"S{table}"))
+        assert [row.cells for row in second] == [row.cells for row in first]
 
 
 def test_tables_on_disk(mine, counted, tmp_path):
@@ -198,7 +217,10 @@ def test_tables_on_disk(mine, counted, tmp_path):
     assert not (tmp_path / "none").exists()
     written = paper_tables.write(rebuild(mine, [counted(), counted("theirs")]), mine, tmp_path)
     names = {path.relative_to(tmp_path).as_posix() for path in written.files}
-    assert names == {"papers/index.csv", *(f"papers/mine_table_{n}.{s}" for n in "12" for s in ("csv", "md", "tex"))}
+    assert names == {
+        *(f"papers/mine_table_{n}.{s}" for n in "123" for s in ("csv", "md", "tex")),
+        *(f"papers/{name}.{s}" for name in ("index", "verdicts", "conventions") for s in ("csv", "md")),
+    }
     lines = list(csv.DictReader(io.StringIO((tmp_path / "papers/mine_table_1.csv").read_text())))
     assert list(lines[0]) == list(paper_tables.SCHEMA)
     assert (lines[0]["params_m_reported"], lines[0]["params_m_measured"], lines[0]["convention"]) == (
@@ -213,27 +235,53 @@ def test_tables_on_disk(mine, counted, tmp_path):
     assert [(line["table"], line["rows"], line["params_m_measured"]) for line in index] == [
         ("1", "6", "2"),
         ("2", "4", "1"),
+        ("3", "2", "0"),  # nothing is measured of it, and it has its files
     ]
+    assert [line["file"] for line in index][-1] == "mine_table_3.csv"
+    verdicts = list(csv.DictReader(io.StringIO((tmp_path / "papers/verdicts.csv").read_text())))
+    assert list(verdicts[0].values()) == [*("Mine", "1", "Mine-S", "FLOPs", "4.6", "4.500", "misprint", "never used")]
+    assert ("Nobody's", "reported only", "quoted") in {(v["row"], v["measured"], v["verdict"]) for v in verdicts}
+    assert (
+        "- **misprint**: the number belongs to another row or model.\n" in (tmp_path / "papers/verdicts.md").read_text()
+    )
+    conventions = (tmp_path / "papers/conventions.md").read_text()
+    assert "| Mine | 1, 2 | as HiViT | hivit |" in conventions
+    detection = list(csv.DictReader(io.StringIO((tmp_path / "papers/mine_table_3.csv").read_text())))
+    assert (detection[0]["throughput_reported"], detection[1]["ap_box_reported"]) == ("1200", "41.5")
+    assert detection[1]["params_m_note"] == "carried as reported data"
+    text = (tmp_path / "papers/mine_table_3.md").read_text()
+    assert "| Row | Model | Data | Size | Params reported (M) |" in text
+    assert "| Theirs | theirs + Mask R-CNN | COCO | 800x600 | 46.0 | 190 |  | 41.5 |" in text
+    assert "Throughput reported (images/s) | AP box reported (%)" in text
+    assert "counted" not in text.lower()
+    assert "| all papers, own rows | all |" in (tmp_path / "papers/index.md").read_text()
     text = (tmp_path / "papers/mine_table_1.tex").read_text()
     assert "\\toprule" in text
     assert "Bold" not in text
 
 
 def test_a_table_for_people_tells_measured_from_reported(mine, counted):
-    table, _ = rebuild(mine, [counted(), counted("theirs", status="blocked", reason="no weights", metrics={})])
+    table, *_ = rebuild(mine, [counted(), counted("theirs", status="blocked", reason="no weights", metrics={})])
     view = paper_tables.display(table)
     assert {len(row) for row in view.cells} == {len(view.headings)} == {len(view.numeric)}
     at = view.headings.index("Params counted (M)")
     assert [row[at] for row in view.cells] == [
         "20.040",
-        "not run",
-        "blocked [3]",
+        "not run [2]",
+        "blocked [4]",
         "reported only",
         "reported only",
         "not run",
     ]
     assert [row[at] for row in view.measured] == [True, False, False, False, False, False]
-    assert view.footnotes == ["never used", "twice", "no weights", "them", "follows from the rows"]
+    assert view.footnotes == [
+        "never used",
+        "no record of mine_s",
+        "twice",
+        "no weights",
+        "them",
+        "follows from the rows",
+    ]
     assert [row[at - 1] for row in view.cells][-1] == "-37.5%"
     assert view.cells[0][at + 1 : at + 3] == ["+0.2", REPRODUCED]
     assert "| Mine-S | mine_s | ImageNet-1K | 224x224 | 20.0 | 20.040 |" in display.markdown(view)
@@ -243,7 +291,7 @@ def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counte
     output = tmp_path / "out"
     Ledger(output / "ledger").put(counted())
     good, bad = tmp_path / "papers" / "mine.csv", tmp_path / "bad.csv"
-    bad.write_text(HEADER + "bad,1,1,X" + "," * 12 + "4.6" + "," * 5 + "\n")
+    bad.write_text(HEADER + "bad,1,1,X" + "," * 12 + "4.6" + "," * 7 + "\n")
     built = report.build(output, title="A", papers=[good, bad])
     assert [message for message in built.messages if "bad.csv" in message] == [
         f"Paper left out: {bad}, line 2: gflops is 4.6, but there is no input_size"

@@ -216,9 +216,14 @@ def test_the_papers_tables_are_on_the_page(output, suite, tmp_path):
     assert "Mine <S>" in words
     assert {"data-group": "mine", "data-records": "cost-cla-hivit_tiny-0"} in page.all("tr")
     assert {"data-group": "mine"} in page.all("tr")  # nobody's
-    assert re.search(r"Nothing was measured of [^.]*hrvit Table 3, hrvit Table 4", words)
+    assert re.search(r"Nothing was measured of [^.]*HRViT Table 3 , HRViT Table 4", words)
     links = {link["href"] for link in page.all("a")}
     assert {"#mine_table_1", "tables/papers/mine_table_1.csv", "tables/papers/index.csv"} <= links
+    assert {f"tables/papers/{name}" for name in ("hrvit_table_3.md", "verdicts.md", "conventions.csv")} <= links
+    assert all((output / link).is_file() for link in links if link.startswith("tables/"))
+    assert "Cannot be known What is published does not tell" in words
+    assert "HIRI-ViT" in words
+    assert "hiri_vit, Table" not in words
 
 
 def test_names_from_records_cannot_break_the_page(output, record):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tests_support import ROOT
 
 from runners import run, session
 
@@ -159,6 +160,25 @@ def test_plan_runs_nothing(call, command_line):
     assert status == 0
     assert printed.count("to do") == 32
     assert not (command_line.output / "ledger").exists()
+
+
+def test_the_own_paper_of_the_readme(command_line):
+    """Its two files, as they stand there, under its command."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("**Your own paper.**")[2]
+    rows, suite, command = (block.partition("\n")[2] for block in text.split("```")[1:6:2])
+    folder = command_line.folder / "own"
+    (folder / "suite").mkdir(parents=True)
+    (folder / "suite" / "mine.yaml").write_text(suite)
+    (command_line.folder / "mine.csv").write_text(rows)
+    arguments = command.replace("FOLDER", str(folder)).split()[2:]
+    assert arguments[0] == "--config-dir"
+    printed = command_line.run(*arguments, "plan=true", miniature=False)
+    assert "The networks of my paper (mine, version 1): 2 jobs" in printed
+    printed = command_line.run(*arguments, "executor=inline", miniature=False)
+    table = (command_line.output / "tables" / "papers" / "mine_table_1.md").read_text()
+    assert "| 22.7 | 22.739 | +0.2 | reproduced |" in table
+    assert "| 66.5 | 66.497 \\[1\\] | 0.0 | reproduced |" in table
+    assert "mine.csv" not in printed  # nothing to complain of
 
 
 def test_multirun(call, command_line, monkeypatch):
