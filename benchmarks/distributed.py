@@ -111,7 +111,7 @@ def _work(
     lock: Any,
 ) -> None:
     """One of the processes, from its start to its end."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     from benchmarks.engine import Context
     from benchmarks.measure import measure
 
@@ -144,10 +144,10 @@ def _work(
         say("error", _that_travels(error))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends this process as soon as the one that started it is gone, however it went: nobody waits for the rest."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _that_travels(error: Exception) -> Exception:

@@ -77,7 +77,7 @@ def _cost(job: Job) -> Outcome:
     }
     details["macs_by_convention"] = {way.name: way.macs(model, counted) for way in CONVENTIONS}
     if (convention := paper_convention(model)) is not None:
-        metrics["macs_paper"] = convention.macs(model, counted)
+        metrics["macs_paper"] = details["macs_by_convention"][convention.name]
         details["paper_convention"] = {"name": convention.name, "text": convention.text}
     return Outcome(metrics=metrics, details=details)
 

@@ -152,17 +152,15 @@ def _curve(rows: Sequence[Row], name: str, quantity: str, stage: str, way: tuple
 def _network(row: Row) -> tuple:
     """What makes a row's network, whatever the size of the image."""
     job = row.records[0].job
-    config = job.get("model_config")
-    config = {n: v for n, v in config.items() if n != "img_size"} if isinstance(config, dict) else config
+    config = {name: value for name, value in (job.get("model_config") or {}).items() if name != "img_size"}
     rest = [job.get("model"), config, job.get("head_config"), job.get("num_classes")]
     return row.task, row.model, row.head, row.family, json.dumps(rest, sort_keys=True)
 
 
 def _way(row: Row) -> tuple[str, str, int]:
     speed = next((record for record in row.records if record.stage == "speed"), None)
-    settings = speed.job.get("speed") if speed else None
-    batch = settings.get("batch_size") if isinstance(settings, dict) else None
-    return row.hardware, speed.precision if speed else "", batch if isinstance(batch, int) else 1
+    settings = (speed.job.get("speed") or {}) if speed else {}
+    return row.hardware, speed.precision if speed else "", settings.get("batch_size", 1)
 
 
 def _line(curve: Curve) -> dict[str, object]:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .files import write_atomic
 from .leaderboard import SCHEMA_FILE
@@ -81,13 +80,9 @@ def page(records: Sequence[Record], files: Sequence[Path], *, title: str, descri
             else:
                 lines += [*(f"- [{_words(path)}]({path.as_posix()})" for path in found), ""]
     lines += ["## Where the numbers come from", ""]
-    lines += [f"- {heading}: {_listed(values)}" for heading, values in origin(records).items()]
+    lines += [f"- {heading}: {'; '.join(values)}" for heading, values in origin(records).items()]
     return "\n".join(lines) + "\n"
 
 
 def _words(path: Path) -> str:
     return path.stem.replace("_", " ")
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return "; ".join(map(str, values))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from benchmarks.errors import InputError
@@ -143,11 +141,11 @@ def _silent() -> Iterator[None]:
 def _start_worker() -> None:
     import torch
 
+    from benchmarks.distributed import end_with_parent
+
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends the pool
-    parent = multiprocessing.parent_process()
-    # A worker whose parent was killed would wait for its next job for ever.
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    end_with_parent()  # it would wait for its next job for ever
 
 
 class Ray:
