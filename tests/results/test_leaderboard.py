@@ -196,3 +196,9 @@ def test_costs_are_ranked_among_their_like(record):
     ranks = {(r["model"], r["input_height"], r["head"]): r["rank"] for r in leaderboard.leaderboard(records, "cost")}
     assert ranks == {key: 1 if key[0] == "light" else 2 for key in ranks}
     assert len(ranks) == 8
+
+
+def test_a_record_from_before_a_number_was_counted_leaves_its_cell_empty(record):
+    (line,) = leaderboard.leaderboard([record("cost", metrics={"params": 7, "macs": 5})], "cost")
+    assert (line["macs"], line["cost_status"]) == (5, "done")
+    assert (line["macs_paper"], line["activations"], line["params_auxiliary"]) == (None, None, None)
