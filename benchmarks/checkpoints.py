@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import save_file
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS = "weights.safetensors"  # of the last iteration
+BEST = "best.safetensors"  # of the iteration that scored highest on the validation images
 TEMPORARY = ".tmp"  # the lock of a job keeps two writers apart
 
 
@@ -84,11 +85,11 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink()
 
 
-def save_weights(model: torch.nn.Module, path: Path) -> str:
-    """Writes a model's state as safetensors, atomically; returns the file's SHA-256."""
+def save_weights(state: Mapping[str, torch.Tensor], path: Path, said: dict[str, str] | None = None) -> str:
+    """Writes a model's state as safetensors, atomically, with what is `said` of it; returns the file's SHA-256."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary, said)
         digest = sha256(temporary)
         os.replace(temporary, path)
     finally:

@@ -32,6 +32,7 @@ from benchmarks.draws import seeded
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
 from benchmarks.job import Job, Recipe
+from benchmarks.validation import Validation, evaluated
 
 
 class Mixing(BaseDataPreprocessor):
@@ -175,7 +176,8 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
         return Classifier(network, job.recipe)
 
     hooks = [Averaging(job.recipe)] if job.recipe.ema else []
-    outcome = train(job, context, build, dataset, default_collate, hooks)
+    looks = validation(job, root) if job.recipe.validate_every else None
+    outcome = train(job, context, build, dataset, default_collate, hooks, looks)
     if initial is not None:
         outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": loaded[0]}
         what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]
@@ -188,16 +190,22 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
 def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     """Top-1 and top-5 accuracy on the validation images, beside that of always naming the most frequent class."""
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    dataset = build_dataset(job, root, training=False)
-    model, batch_size = Classifier(build_model(job), job.recipe), job.recipe.batch_size
-    metrics = evaluate(job, context, model, weights, dataset, default_collate, batch_size, TopK())
-    frequencies = Counter(dataset.labels)
+    images = validation(job, root)
+    metrics = evaluate(job, context, Classifier(build_model(job), job.recipe), weights, images)
+    frequencies = Counter(images.dataset.labels)
     baseline = 100.0 * max(frequencies.values()) / frequencies.total()
-    evaluated = "the moving average of the weights" if job.recipe.ema else "the weights of the last iteration"
+    what, notes = evaluated(job, weights)
     return Outcome(
         metrics={**metrics, "baseline_top1": baseline},
-        details={"images": frequencies.total(), "evaluated": evaluated},
+        details={"images": frequencies.total(), "evaluated": what},
+        notes=notes,
     )
+
+
+def validation(job: Job, root: Path) -> Validation:
+    """Top-1 and top-5 accuracy on the validation images below `root`."""
+    dataset = build_dataset(job, root, training=False)
+    return Validation(dataset, default_collate, job.recipe.batch_size, TopK(), score="top1")
 
 
 def start_from(network: nn.Module, weights: Path) -> str:

@@ -17,10 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import DefaultSampler
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, barrier, broadcast_object_list, get_rank, get_world_size, is_main_process
-from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import is_model_wrapper
@@ -31,12 +29,13 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from benchmarks import checkpoints
-from benchmarks.checkpoints import WEIGHTS
+from benchmarks.checkpoints import BEST, WEIGHTS
 from benchmarks.distributed import wrap
-from benchmarks.draws import loader, seed_generators, training_loader
+from benchmarks.draws import seed_generators, training_loader
 from benchmarks.errors import Blocked, InputError
 from benchmarks.job import TRAININGS, Job
 from benchmarks.optimizer import build_optimizer
+from benchmarks.validation import KeepBest, Validation
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class StepLoop(IterBasedTrainLoop):
     means over its parts and over the processes.
     """
 
-    def __init__(self, runner: Runner, dataloader: Any, max_iters: int, accumulate: int = 1):
-        super().__init__(runner, dataloader, max_iters)
+    def __init__(self, runner: Runner, dataloader: Any, max_iters: int, accumulate: int = 1, **settings: Any):
+        super().__init__(runner, dataloader, max_iters, **settings)
         self.accumulate = accumulate
 
     def run(self) -> torch.nn.Module:
@@ -144,7 +143,11 @@ class JobHook(Hook):
         self.context.progress({"fraction": (batch_idx + 1) / runner.max_iters, "text": f"loss {loss:.3f}"})
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.context.progress({"fraction": (batch_idx + 1) / len(runner.val_dataloader), "text": "evaluating"})
+        seen = (batch_idx + 1) / len(runner.val_dataloader)
+        if runner.train_loop is None:
+            self.context.progress({"fraction": seen, "text": "evaluating"})
+        else:
+            self.context.progress({"fraction": runner.iter / runner.max_iters, "text": f"validating: {seen:.0%}"})
 
 
 def build_runner(
@@ -286,20 +289,28 @@ def training_runner(
     collate: Callable,
     hooks: Sequence[Hook] = (),
     checkpoint: Path | None = None,
+    validation: Validation | None = None,
 ) -> Runner:
     """mmengine's Runner for a training, from `checkpoint` on or from the model's weights; `train` has the arguments."""
-    accumulate = job.recipe.engine.accumulate
+    loop: dict[str, Any] = {"type": StepLoop, "max_iters": job.recipe.iterations}
+    loop["accumulate"] = job.recipe.engine.accumulate
+    looks: dict[str, Any] = {}
+    if validation is not None:
+        loop["val_interval"] = job.recipe.validate_every
+        looks = validation.settings(job, context)
+        hooks = [*hooks, KeepBest(job.recipe, validation.score, context.folder(job.key) / BEST)]
     return build_runner(
         job,
         context,
         _with_options(job, model),
         hooks,
         train_dataloader=training_loader(job, dataset, collate),
-        train_cfg={"type": StepLoop, "max_iters": job.recipe.iterations, "accumulate": accumulate},
+        train_cfg=loop,
         optim_wrapper=_optim_wrapper(job, build_optimizer(job, model)),
         param_scheduler=param_scheduler(job),
         load_from=None if checkpoint is None else str(checkpoint),
         resume=checkpoint is not None,
+        **looks,
     )
 
 
@@ -310,8 +321,12 @@ def train(
     dataset: Dataset,
     collate: Callable,
     hooks: Sequence[Hook] = (),
+    validation: Validation | None = None,
 ) -> Outcome:
     """Trains from the newest checkpoint, or from fresh weights, and keeps the finished weights as safetensors.
+
+    With `validation` it looks at the validation images every `recipe.validate_every` iterations and after the last,
+    and keeps the weights that scored highest, too.
 
     Within a process group it trains on all processes of it; each returns the same outcome.
 
@@ -322,6 +337,7 @@ def train(
         dataset: Maps an index to an augmented sample.
         collate: Makes a batch of samples.
         hooks: mmengine's, beside the suite's; what they need for an exact resumption they put into the checkpoint.
+        validation: What to look at on the way; None: the training images alone are seen.
 
     Raises:
         FloatingPointError: the loss is no longer a number.
@@ -335,12 +351,13 @@ def train(
         found = [checkpoints.newest_checkpoint(folder, context.report)]
     broadcast_object_list(found)
     checkpoint = found[0]
-    runner = training_runner(job, context, build_model(), dataset, collate, hooks, checkpoint)
+    runner = training_runner(job, context, build_model(), dataset, collate, hooks, checkpoint, validation)
     runner.train()
     losses = next(hook.losses for hook in runner.hooks if isinstance(hook, JobHook))
+    best = next((hook for hook in runner.hooks if isinstance(hook, KeepBest)), None)
     trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if is_main_process():
-        checkpoints.save_weights(trained, folder / WEIGHTS)
+        checkpoints.save_weights(trained.state_dict(), folder / WEIGHTS)
         checkpoints.discard(folder)
     barrier()
     return Outcome(
@@ -350,8 +367,10 @@ def train(
             "weights_sha256": checkpoints.sha256(folder / WEIGHTS),
             "resumed_from": None if checkpoint is None else checkpoint.name,
             "engine": _how(job),
-        },
-        artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}", "curves": f"jobs/{job.key}/{Path(runner.log_dir).name}"},
+        }
+        | ({} if best is None else {"best": best.details()}),
+        artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}", "curves": f"jobs/{job.key}/{Path(runner.log_dir).name}"}
+        | ({} if best is None else {"best": f"jobs/{job.key}/{BEST}"}),
         notes=_notes(trained),
     )
 
@@ -376,21 +395,12 @@ def _notes(model: torch.nn.Module) -> list[str]:
 
 
 def evaluate(
-    job: Job,
-    context: Context,
-    model: torch.nn.Module,
-    weights: Path,
-    dataset: Dataset,
-    collate: Callable,
-    batch_size: int,
-    metric: BaseMetric,
+    job: Job, context: Context, model: torch.nn.Module, weights: Path, validation: Validation
 ) -> dict[str, float]:
-    """The metrics of `model` with the finished `weights` on every image of `dataset`, in float32.
+    """The metrics of `model` with the finished `weights` on every validation image, in float32.
 
     Within a process group each process takes its part of the images, and returns the metrics over all of them.
     """
     model.load_state_dict(load_file(weights))
-    metric.collect_dir = str(context.folder(job.key) / "collected")  # mmengine's default is the current directory
-    images = loader(job, dataset, batch_size, collate, sampler=DefaultSampler(dataset, shuffle=False))
-    settings = {"val_dataloader": images, "val_cfg": {"type": "ValLoop"}, "val_evaluator": [metric]}
-    return {name: float(value) for name, value in build_runner(job, context, model, **settings).val().items()}
+    runner = build_runner(job, context, model, **validation.settings(job, context))
+    return {name: float(value) for name, value in runner.val().items()}

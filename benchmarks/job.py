@@ -47,6 +47,9 @@ class Engine:
 class Recipe:
     """How a model is trained. Learning rates are those at `batch_size` images per step over all devices, unless said.
 
+    Evaluated are the last weights unless `evaluate_best` is set: the best of many looks at the validation images is
+    chosen by these images, higher than the last by chance alone, and comparable only to a best of as many looks.
+
     A field that stands at its default is no part of a job's key, so that a field added later changes no key. Whoever
     changes a default raises `METHOD_VERSION`.
     """
@@ -75,6 +78,10 @@ class Recipe:
     augmentation: dict[str, Any] = field(default_factory=dict)  # see benchmarks.classification and .segmentation
     evaluation: dict[str, Any] = field(default_factory=dict)  # likewise
     checkpoint_every: int = 2000  # iterations
+    validate_every: int = 0  # iterations between looks at the validation images; 0: a training never sees them
+    evaluate_best: bool = (
+        False  # the score: of the look that scored highest, a chosen maximum; else of the last weights
+    )
     threads: int = 1  # CPU threads; they decide the order of floating-point sums, and with it the last digits
     workers: int = 0  # data-loading processes, of each training process
     engine: Engine = field(default_factory=Engine)
@@ -159,7 +166,11 @@ class Job:
 
     def _recipe(self) -> dict[str, Any]:
         """What of the recipe decides the outcome of this stage, less what stands at its default."""
-        unused = {"checkpoint_every", "workers", "engine"} | ({"evaluation"} if self.stage in TRAININGS else set())
+        unused = {"checkpoint_every", "workers", "engine"}
+        if self.stage in TRAININGS:
+            unused.add("evaluate_best")
+            if not self.recipe.validate_every:  # else it decides which weights are the best
+                unused.add("evaluation")
         default = asdict(type(self.recipe)())
         return {
             name: value for name, value in asdict(self.recipe).items() if name not in unused and value != default[name]

@@ -106,14 +106,20 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
 
 
 def weights_are_there(record: Record, output: Path) -> bool:
-    """Whether a finished training still has the file that its record speaks of; true for all other jobs."""
+    """Whether a finished training still has the files that its record speaks of; true for all other jobs."""
     if record.stage not in TRAININGS:
         return True
-    path = output / record.artifacts["weights"]
+    digests = {"weights": record.details["weights_sha256"]}
+    if "best" in record.details:
+        digests["best"] = record.details["best"]["weights_sha256"]
+    return all(_is_whole(output / record.artifacts[name], digest) for name, digest in digests.items())
+
+
+def _is_whole(path: Path, digest: str) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == record.details["weights_sha256"]
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
 
 def make_record(job: Job, status: str, reason: str | None, **measured: Any) -> Record:

@@ -101,14 +101,20 @@ class _Plan:
             known = self.benchmark.models | self.benchmark.pretraining
             choose("initialize_from", source, tuple(known), f"{self.where}, model {label}")
             before = self.trainings(source, known[source], seed, (*after, label))
+        recipe, stage = self._recipe(label, entry), "pretrain" if label in self.benchmark.pretraining else "train"
+        if stage == "pretrain" and recipe.validate_every:
+            raise InputError(
+                f"{self.where}, pretraining {label}: recipe.validate_every wants a score, which a pretraining has not; "
+                "set it to 0, or give the pretraining a recipe of its own"
+            )
         job = Job(
-            stage="pretrain" if label in self.benchmark.pretraining else "train",
+            stage=stage,
             seed=seed,
             precision=self.suite.precision,
             data=self.benchmark.data,
             data_version=self.described.version,
             data_options=self.benchmark.data_options,
-            recipe=self._recipe(label, entry),
+            recipe=recipe,
             depends_on=tuple(job.key for job in before[-1:]),
             starts_from=before[-1].description() if before else None,
             **self.shared(label, entry),
@@ -183,6 +189,10 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
     for name in ("processes", "accumulate"):
         if getattr(recipe.engine, name) < 1:
             raise InputError(f"{where}.engine.{name} is {getattr(recipe.engine, name)}; it must be at least 1")
+    if recipe.validate_every < 0:
+        raise InputError(f"{where}.validate_every is {recipe.validate_every}; it must be at least 1, or 0 for never")
+    if recipe.evaluate_best and not recipe.validate_every:
+        raise InputError(f"{where}.evaluate_best needs validate_every, so that there is a best to evaluate")
     parts = recipe.engine.processes * recipe.engine.accumulate
     if recipe.batch_size % parts:
         raise InputError(
