@@ -8,7 +8,7 @@ auto_augment, re_prob, ...), `Recipe.evaluation` those for evaluation (crop_pct,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,7 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
     looks = validation(job, root) if job.recipe.validate_every else None
     outcome = train(job, context, build, dataset, default_collate, hooks, looks)
     if initial is not None:
-        outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": loaded[0]}
-        what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]
-        outcome.notes.append(f"started from the weights of the {what} {job.starts_from['label']}")
+        tell_start(outcome, job, context, initial, loaded[0])
     if job.recipe.linear_probe:
         outcome.notes.append("linear probe: the classifier alone was trained")
     return outcome
@@ -208,21 +206,30 @@ def validation(job: Job, root: Path) -> Validation:
     return Validation(dataset, default_collate, job.recipe.batch_size, TopK(), score="top1")
 
 
-def start_from(network: nn.Module, weights: Path) -> str:
+def start_from(network: nn.Module, weights: Path, fresh: Callable[[str], bool] | None = None) -> str:
     """Fills `network` with the finished weights of another training; returns in one line what was taken.
 
-    Averaged weights are taken before others, and the encoder of an autoencoder. The classifier, which an autoencoder
-    lacks and other classes do not fit, may keep its fresh weights.
+    Averaged weights are taken before others, and the encoder of an autoencoder. What `fresh` says of a name may keep
+    its fresh weights: by default the classifier, which an autoencoder lacks and other classes do not fit.
 
     Raises:
         InputError: another part of the network got no weights.
     """
     report = zoo.load_published(network, load_file(weights))
-    fresh = (network.pretrained_cfg["classifier"], "fc_norm")
-    lacking = [name for name in (*report.missing, *report.mismatched) if not name.startswith(fresh)]
+    if fresh is None:
+        names = (network.pretrained_cfg["classifier"], "fc_norm")
+        fresh = lambda name: name.startswith(names)  # noqa: E731
+    lacking = [name for name in (*report.missing, *report.mismatched) if not fresh(name)]
     if lacking:
         raise InputError(f"{weights} has no fitting weights for {', '.join(lacking[:3])}; start from the same model")
     return str(report)
+
+
+def tell_start(outcome: Outcome, job: Job, context: Context, initial: Path, report: str) -> None:
+    """Has the record say which weights the training started from; `report` is what was taken of them."""
+    outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": report}
+    what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]
+    outcome.notes.append(f"started from the weights of the {what} {job.starts_from['label']}")
 
 
 class WithNumber(Dataset):

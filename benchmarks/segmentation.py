@@ -26,6 +26,7 @@ from mmseg.models import EncoderDecoder, SegTTAModel
 
 import zoo
 from benchmarks import data, heads
+from benchmarks.classification import start_from, tell_start
 from benchmarks.data.scenes import LoadImage, LoadLabels, open_scenes
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError, choose
@@ -93,15 +94,30 @@ class SeveralScales(SegTTAModel):
         return self.module.load_state_dict(state_dict, *arguments, **options)
 
 
-def run_train(job: Job, context: Context) -> Outcome:
+def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcome:
     """Trains the job's segmentor from its newest checkpoint, else from fresh weights.
 
-    Where the model's configuration names a `checkpoint`, the backbone starts from that.
+    The backbone starts from `initial`, the finished weights of a classification, or from the `checkpoint` that the
+    model's configuration names; its classifier is left behind.
+
+    Raises:
+        InputError: the weights of `initial` are of another backbone.
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
     looks = validation(job, root) if job.recipe.validate_every else None
-    outcome = train(job, context, lambda: build_model(job), training_data(job, root), pseudo_collate, validation=looks)
-    if checkpoint := job.model_config.get("checkpoint"):
+    loaded: list[str] = []
+
+    def build() -> EncoderDecoder:
+        model = build_model(job)
+        if initial is not None:
+            # Some backbones have a norm at the end of each map, which a classifier lacks.
+            loaded.append(start_from(model.backbone.network, initial, lambda name: "norm" in name))
+        return model
+
+    outcome = train(job, context, build, training_data(job, root), pseudo_collate, validation=looks)
+    if initial is not None:
+        tell_start(outcome, job, context, initial, loaded[0])
+    elif checkpoint := job.model_config.get("checkpoint"):
         outcome.notes.append(f"the backbone started from {checkpoint}")
     return outcome
 

@@ -328,7 +328,7 @@ def test_the_weights_of_a_smaller_network_are_refused(tmp_path):
         ({"models": {"a": ModelEntry(initialize_from="b")}}, "model a: unknown initialize_from 'b'"),
         (
             {"models": {"a": ModelEntry(initialize_from="b"), "b": ModelEntry(initialize_from="a")}},
-            "initialize_from goes round in a circle: a -> b -> a",
+            "initialize_from goes round in a circle: a/a -> a/b -> a/a",
         ),
         ({"models": {"a": ModelEntry(recipe="tunning")}}, "unknown recipe 'tunning'; did you mean tuning"),
         ({"models": {"test_hivit_mae": ModelEntry()}}, "test_hivit_mae is both in models and in pretraining"),
@@ -337,7 +337,7 @@ def test_the_weights_of_a_smaller_network_are_refused(tmp_path):
         ({"recipes": {"mae": MAE, "tuning": Recipe(learning_rate=0)}}, "recipes.tuning.learning_rate is 0"),
         (
             {"task": "segmentation", "head": "segformer", "data": "digit_scenes_segmentation"},
-            "only classifications can have initialize_from and pretraining",
+            "only classifications can have pretraining",
         ),
         ({"pretraining": {"a": ModelEntry(input_size=[8, 64])}}, "at least 32 pixels"),
         (
