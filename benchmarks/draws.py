@@ -43,9 +43,16 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: tuple[int, int]) -> Any:
-        number, index = draw
-        with seeded(self.seed, number):
-            return self.dataset[index]
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Any]:
+        """What PyTorch's loaders ask for: a batch at once, since putting generators back takes longer than seeding."""
+        samples = []
+        with _put_back():
+            for number, index in draws:
+                _seed_cpu((self.seed, number))
+                samples.append(self.dataset[index])
+        return samples
 
 
 def training_loader(job: Job, dataset: Dataset, collate: Callable) -> DataLoader:
@@ -90,8 +97,14 @@ def seed_generators(*entropy: int) -> None:
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and PyTorch's (CPU) generators from `entropy` within the block only."""
+    with _put_back():
+        _seed_cpu(entropy)
+        yield
+
+
+@contextmanager
+def _put_back() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    _seed_cpu(entropy)
     try:
         yield
     finally:

@@ -73,6 +73,10 @@ def test_every_draw_depends_on_its_number_alone():
     dataset = SeededDataset(Noise(), seed=7)
     first = [dataset[number, number % 3] for number in range(6)]
     assert first == [dataset[number, number % 3] for number in range(6)]
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    assert first[2:5] == dataset.__getitems__([(number, number % 3) for number in range(2, 5)])  # as loaders ask
+    assert before[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert torch.equal(before[2], torch.get_rng_state())
     assert len({draw[1:] for draw in first}) == 6
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     with seeded(1, 2):
