@@ -14,6 +14,8 @@ from pathlib import Path
 from benchmarks.data.catalogue import Dataset
 
 MOST_OPENED = 50_000  # of the images and of the annotations of a split, evenly spread
+_THREADS = 16  # a shared file system answers many questions at once
+_AT_ONCE = 256  # files for a thread: handing them out one by one takes longer than reading them
 _IMAGES = (".jpg", ".jpeg", ".png")  # of a classification
 _FORMATS = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"))  # first and last bytes
 _TAR_END = 1024  # bytes, all of them zero
@@ -63,7 +65,9 @@ def _classification(dataset: Dataset, folder: Path, split: str, count: int | Non
     if len(classes) != dataset.num_classes:
         expected = f"expected are {dataset.num_classes:,}"
         raise _ProblemError(f"{place} holds {len(classes):,} folders of classes, {expected}")
-    sizes = {path.name: _sizes(path, _IMAGES) for path in classes}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        listed = pool.map(lambda path: _sizes(path, _IMAGES), classes)
+        sizes = {path.name: found for path, found in zip(classes, listed, strict=True)}
     if empty := [name for name, images in sizes.items() if not images]:
         raise _ProblemError(f"{len(empty):,} folders of {place} hold no image: {_first(empty)}")
     images = {f"{name}/{image}": size for name, found in sizes.items() for image, size in found.items()}
@@ -136,21 +140,23 @@ def _refuse_damaged(place: Path, sizes: Mapping[str, int]) -> int:
     if empty := [name for name in names if not sizes[name]]:
         raise _ProblemError(f"{len(empty):,} files in {place} are empty: {_first(empty)}")
     chosen = names[:: -(-len(names) // MOST_OPENED)]
-    with ThreadPoolExecutor(16) as pool:  # a shared file system answers many questions at once
-        ends = pool.map(lambda name: _ends_well(place / name), chosen)
-        suspects = [name for name, whole in zip(chosen, ends, strict=True) if not whole]
+    parts = [chosen[start : start + _AT_ONCE] for start in range(0, len(chosen), _AT_ONCE)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        ends = pool.map(lambda part: [name for name in part if not _ends_well(f"{place}/{name}")], parts)
+        suspects = [name for found in ends for name in found]
     if damaged := {name: error for name in suspects if (error := _decoding_error(place / name))}:
         why = next(iter(damaged.values()))
         raise _ProblemError(f"{len(damaged):,} files in {place} are damaged: {_first(damaged)} ({why})")
     return len(chosen)
 
 
-def _ends_well(path: Path) -> bool:
-    with open(path, "rb") as file:
-        first = file.read(8)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        last = file.read()
+def _ends_well(path: str) -> bool:
+    file = os.open(path, os.O_RDONLY)  # without Python's buffers: a quarter of the time
+    try:
+        first = os.pread(file, 8, 0)
+        last = os.pread(file, 8, max(0, os.fstat(file).st_size - 8))
+    finally:
+        os.close(file)
     return any(first.startswith(begin) and last.endswith(end) for begin, end in _FORMATS)
 
 
