@@ -16,6 +16,10 @@ TASKS = ("classification", "segmentation")
 BARE = "bare"  # no head: the maps of the backbone, for cost and speed alone
 HEADS = ("segformer", "upernet", "ocr", BARE)
 SCHEDULES = ("poly", "cosine")
+SEGMENTATION_SETTINGS = {  # what a segmentation's recipe may hold; benchmarks/segmentation.py tells what each is
+    "augmentation": ("resize", "ratio_range", "crop", "maximum_class_share", "flip", "photometric_distortion"),
+    "evaluation": ("resize", "mode", "stride", "size_divisor", "scales", "flip"),
+}
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by automatic mixed precision
 
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.

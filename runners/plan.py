@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import data
 from benchmarks.errors import InputError, choose
-from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job, Recipe
+from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, SEGMENTATION_SETTINGS, STAGES, TASKS, Job, Recipe
 from runners.config import Benchmark, Config, ModelEntry, Suite
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
@@ -112,6 +112,12 @@ class _Plan:
                 f"{self.where}, pretraining {label}: recipe.validate_every wants a score, which a pretraining has not; "
                 "set it to 0, or give the pretraining a recipe of its own"
             )
+        for name in ("mixup", "ema", "distillation_alpha", "linear_probe", "label_smoothing"):
+            if stage == "pretrain" and getattr(recipe, name):
+                raise InputError(
+                    f"{self.where}, pretraining {label}: recipe.{name} is for what has labels; leave it out, "
+                    "or give the pretraining a recipe of its own"
+                )
         job = Job(
             stage=stage,
             seed=seed,
@@ -197,9 +203,10 @@ def _check(benchmark: Benchmark, where: str) -> None:
         _check_no_classification(benchmark, entries, where)
     if both := sorted(benchmark.models.keys() & benchmark.pretraining.keys()):
         raise InputError(f"{where}: {both[0]} is both in models and in pretraining; give one of them another label")
-    _check_recipe(benchmark.recipe, f"{where}: recipe")
-    for name, recipe in benchmark.recipes.items():
-        _check_recipe(recipe, f"{where}: recipes.{name}")
+    others = {f"recipes.{name}": recipe for name, recipe in benchmark.recipes.items()}
+    for name, recipe in ({"recipe": benchmark.recipe} | others).items():
+        _check_recipe(recipe, f"{where}: {name}")
+        _check_settings(recipe, benchmark.task, f"{where}: {name}")
 
 
 def _check_no_classification(benchmark: Benchmark, entries: Mapping[str, ModelEntry], where: str) -> None:
@@ -210,6 +217,18 @@ def _check_no_classification(benchmark: Benchmark, entries: Mapping[str, ModelEn
         for name in ("mixup", "ema", "distillation_alpha", "linear_probe", "label_smoothing"):
             if getattr(recipe, name):
                 raise InputError(f"{where}: recipe.{name} is for classifications only; leave it out")
+
+
+def _check_settings(recipe: Recipe, task: str, where: str) -> None:
+    """What is misspelt, or what nothing reads, must not look as if it were done."""
+    if task == "segmentation":  # a classification's are timm's, which knows them itself
+        for part, known in SEGMENTATION_SETTINGS.items():
+            for name in getattr(recipe, part):
+                choose("setting", str(name), known, f"{where}.{part}")
+    elif recipe.head_learning_rate_multiplier != 1.0:
+        raise InputError(f"{where}.head_learning_rate_multiplier is for segmentations only; leave it out")
+    if recipe.clip_gradient_norm is not None and recipe.clip_gradient_value is not None:
+        raise InputError(f"{where} has clip_gradient_norm and clip_gradient_value; set one of them to null")
 
 
 def _check_recipe(recipe: Recipe, where: str) -> None:

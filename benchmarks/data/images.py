@@ -61,7 +61,7 @@ class ReaderTars(Reader):
 
     def __init__(self, members: list[tars.Member], classes: Sequence[str]):
         super().__init__()
-        members = sorted(members, key=lambda member: natural_key(f"{member.class_name}/{Path(member.name).name}"))
+        members = sorted(members, key=lambda it: natural_key(f"{it.class_name}/{it.name.rpartition('/')[2]}"))
         number = {name: i for i, name in enumerate(classes)}
         self.tars = sorted({member.tar for member in members})
         place = {tar: i for i, tar in enumerate(self.tars)}
