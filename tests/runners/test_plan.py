@@ -14,6 +14,7 @@ from tests_support import ROOT, configuration
 
 from benchmarks.errors import InputError
 from benchmarks.job import HEADS, SEGMENTATION_SETTINGS, STAGES, TASKS
+from runners.config import ModelEntry
 from runners.plan import make_jobs
 from runners.run import CONF
 
@@ -169,13 +170,6 @@ def test_seeds_repeat_trainings_only():
             "recipe.head_learning_rate_multiplier is for segmentations only",
         ),
         (
-            [
-                "+suite.benchmarks.classification.pretraining.hivit_base_mae={}",
-                "suite.benchmarks.classification.recipe.label_smoothing=0.1",
-            ],
-            "pretraining hivit_base_mae: recipe.label_smoothing is for what has labels",
-        ),
-        (
             ["suite.benchmarks.segmentation.recipe.clip_gradient_value=1"],
             "recipe has clip_gradient_norm and clip_gradient_value; set one of them to null",
         ),
@@ -209,6 +203,13 @@ def test_a_model_may_have_a_size_and_a_drop_path_of_its_own():
     assert {job.recipe.drop_path_rate for job in changed if job.recipe} == {0.3}
     rated = make_jobs(configuration(f"{entry}.drop_path_rate=0.3"))
     assert {job.stage for job in rated if job.key not in {job.key for job in plain}} == {"train", "evaluate"}
+
+
+def test_a_pretraining_has_no_labels_to_smooth():
+    config = configuration("suite.benchmarks.classification.recipe.label_smoothing=0.1", "stages=[pretrain]")
+    config.suite.benchmarks["classification"].pretraining["hivit_base_mae"] = ModelEntry()
+    with pytest.raises(InputError, match=r"hivit_base_mae: recipe\.label_smoothing is for what has labels"):
+        make_jobs(config)
 
 
 def test_the_settings_of_a_segmentation_are_those_that_are_read():
