@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.model import BaseDataPreprocessor, BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 import zoo
 from benchmarks import data
@@ -34,42 +35,45 @@ from benchmarks.errors import InputError
 from benchmarks.job import Job, Recipe
 from benchmarks.validation import Validation, evaluated
 
+MIXING = 2**31  # tells the random numbers of a step's mixing from all others of the step (benchmarks.engine.JobHook)
+
 
 class Mixing(BaseDataPreprocessor):
     """Mixes the images and labels of a training batch on their device, with timm's Mixup.
 
-    timm draws from NumPy's generator. It is seeded with the number that came with the batch's first image, so that a
-    step is mixed alike however often the training was interrupted. A batch spread over several processes is mixed
-    within each, as timm does.
+    timm draws from NumPy's generator. It is seeded with the training's seed and the step, so that a step is mixed alike
+    however often the training was interrupted and, with one share for the whole batch (timm's mode "batch"), in
+    however many forwards and processes it is done: `benchmarks.draws.StepSampler` keeps the pairs together.
     """
 
-    def __init__(self, mixup: Mixup, with_mask: bool):
+    def __init__(self, mixup: Mixup, with_mask: bool, seed: int = 0):
         super().__init__()
         self.mixup = mixup
         self.with_mask = with_mask
+        self.seed = seed
 
     def forward(self, data: Sequence[Tensor], training: bool = False) -> Sequence[Tensor]:
-        """(images, labels, numbers) -> (mixed images, mixed labels) and, for distillation, images and mask.
+        """(images, labels) -> (mixed images, mixed labels) and, for distillation, images and mask.
 
         The mask (B, 1, H, W) is what each image keeps of itself. Evaluation batches are left as they are.
 
         Raises:
             InputError: an odd number of images, which cannot be paired.
         """
+        images, labels = data = super().forward(data, training)
         if not training:
-            return super().forward(data, training)
-        number = int(data[2][0])
-        images, labels = super().forward(list(data[:2]), training)
+            return data
+        step = MessageHub.get_current_instance().get_info("iter", 0)  # mmengine's RuntimeInfoHook keeps it
         if len(images) % 2:
             raise InputError(f"recipe.mixup pairs the images of a batch, but one has {len(images)}; make it even")
-        with seeded(number):
+        with seeded(self.seed, step, MIXING):
             mixed, targets = self.mixup(images.clone(), labels)
         if not self.with_mask:
             return [mixed, targets]
         # The same draws show the mask on images that are 1 in the first half of the batch and 0 in their partners.
         first = torch.zeros_like(images[:, :1])
         first[: len(images) // 2] = 1
-        with seeded(number):
+        with seeded(self.seed, step, MIXING):
             blend, _ = self.mixup(first.clone(), labels)
         return [mixed, targets, images, 1 - (blend - first).abs()]
 
@@ -81,8 +85,8 @@ class Classifier(BaseModel):
     is part of the model, and with it of every checkpoint; it is what scores.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe):
-        super().__init__(_mixing(network, recipe))
+    def __init__(self, network: nn.Module, recipe: Recipe, seed: int = 0):
+        super().__init__(_mixing(network, recipe, seed))
         self._is_init = True  # mmengine would initialise timm's networks anew
         self.recipe = recipe
         if recipe.linear_probe:
@@ -114,7 +118,8 @@ class Classifier(BaseModel):
             if unmixed is not None:
                 maps = probability_maps(self.ema.module, unmixed)
                 labels = distilled_targets(maps, mask, labels, self.recipe.distillation_alpha)
-            return {"loss": self.criterion(self.network(inputs), labels)}
+            # In float32 on any device: autocast leaves losses in bfloat16 on CPUs.
+            return {"loss": self.criterion(self.network(inputs).float(), labels)}
         logits = (self.network if self.ema is None else self.ema.module)(inputs)
         if mode == "predict":
             return [{"scores": row, "label": int(label)} for row, label in zip(logits, labels, strict=True)]
@@ -124,15 +129,9 @@ class Classifier(BaseModel):
 class Averaging(Hook):
     """Moves the average of the weights after each step of the optimizer."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if not runner.optim_wrapper.should_update():  # gradients are still being accumulated
-            return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        step = (batch_idx + 1) * self.recipe.iterations // runner.max_iters
-        model.ema.update(model.network, step=step)
+        model.ema.update(model.network, step=batch_idx + 1)
 
 
 class TopK(BaseMetric):
@@ -165,17 +164,15 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
     dataset = build_dataset(job, root, training=True)
-    if job.recipe.mixup:
-        dataset = WithNumber(dataset)
     loaded: list[str] = []
 
     def build() -> Classifier:
         network = build_model(job)
         if initial is not None:
             loaded.append(start_from(network, initial))
-        return Classifier(network, job.recipe)
+        return Classifier(network, job.recipe, job.seed)
 
-    hooks = [Averaging(job.recipe)] if job.recipe.ema else []
+    hooks = [Averaging()] if job.recipe.ema else []
     looks = validation(job, root) if job.recipe.validate_every else None
     outcome = train(job, context, build, dataset, default_collate, hooks, looks)
     if initial is not None:
@@ -203,7 +200,7 @@ def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
 def validation(job: Job, root: Path) -> Validation:
     """Top-1 and top-5 accuracy on the validation images below `root`."""
     dataset = build_dataset(job, root, training=False)
-    return Validation(dataset, default_collate, job.recipe.batch_size, TopK(), score="top1")
+    return Validation(dataset, default_collate, job.recipe.images_per_forward, TopK(), score="top1")
 
 
 def start_from(network: nn.Module, weights: Path, fresh: Callable[[str], bool] | None = None) -> str:
@@ -232,19 +229,6 @@ def tell_start(outcome: Outcome, job: Job, context: Context, initial: Path, repo
     outcome.notes.append(f"started from the weights of the {what} {job.starts_from['label']}")
 
 
-class WithNumber(Dataset):
-    """The items of `dataset`, each with a number for `Mixing`, drawn as the item's augmentation is."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return *self.dataset[index], int(torch.randint(2**62, ()))
-
-
 def build_dataset(job: Job, root: Path, training: bool) -> Images:
     """The images of a split in ImageNet's layout, with the recipe's transforms."""
     return open_images(data.describe(job.data), root, training, build_transform(job, training))
@@ -259,14 +243,14 @@ def build_transform(job: Job, training: bool) -> Any:
         raise InputError(f"recipe: timm's create_transform does not take these settings: {error}") from error
 
 
-def _mixing(network: nn.Module, recipe: Recipe) -> BaseDataPreprocessor | None:
+def _mixing(network: nn.Module, recipe: Recipe, seed: int) -> BaseDataPreprocessor | None:
     if not recipe.mixup:
         return None
     try:
         mixup = Mixup(num_classes=network.num_classes, label_smoothing=recipe.label_smoothing, **recipe.mixup)
     except TypeError as error:
         raise InputError(f"recipe.mixup: timm's Mixup does not take these settings: {error}") from error
-    return Mixing(mixup, with_mask=recipe.distillation_alpha is not None)
+    return Mixing(mixup, recipe.distillation_alpha is not None, seed)
 
 
 def _average(network: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:

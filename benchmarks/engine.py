@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.visualization import Visualizer
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
@@ -68,13 +70,13 @@ class Outcome:
 class StepLoop(IterBasedTrainLoop):
     """mmengine's loop, one iteration of which is one step of the optimizer, however many forwards the step takes.
 
-    A batch is a list of parts where `accumulate` is above 1. The losses that hooks see are those of the whole batch:
-    means over its parts and over the processes.
+    The losses that hooks see are those of the whole step: means over its forwards and over the processes.
     """
 
     def __init__(self, runner: Runner, dataloader: Any, max_iters: int, accumulate: int = 1, **settings: Any):
         super().__init__(runner, dataloader, max_iters, **settings)
         self.accumulate = accumulate
+        self.dataloader_iterator = _Forwards(self.dataloader, accumulate)
 
     def run(self) -> torch.nn.Module:
         counts = self.iter * self.accumulate, self.max_iters * self.accumulate
@@ -84,8 +86,10 @@ class StepLoop(IterBasedTrainLoop):
     def run_iter(self, data_batch: Any) -> None:
         runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
-        parts = [data_batch] if self.accumulate == 1 else data_batch
-        losses = [runner.model.train_step(part, optim_wrapper=runner.optim_wrapper) for part in parts]
+        others = (next(self.dataloader_iterator) for _ in range(self.accumulate - 1))
+        losses = [
+            runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper) for batch in chain([data_batch], others)
+        ]
         outputs = losses[0]
         if self.accumulate > 1 or get_world_size() > 1:
             values = torch.stack([torch.stack([v.detach().float() for v in part.values()]) for part in losses]).mean(0)
@@ -93,6 +97,17 @@ class StepLoop(IterBasedTrainLoop):
             outputs = dict(zip(outputs, values, strict=True))
         runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs)
         self._iter += 1
+
+
+class _Forwards(_InfiniteDataloaderIterator):
+    """mmengine's iterator over batches, of which a step takes `accumulate`."""
+
+    def __init__(self, dataloader: Any, accumulate: int):
+        super().__init__(dataloader)
+        self.accumulate = accumulate
+
+    def skip_iter(self, num_iters: int) -> None:
+        super().skip_iter(num_iters * self.accumulate)
 
 
 class BFloat16OptimWrapper(OptimWrapper):
@@ -120,6 +135,7 @@ class JobHook(Hook):
         self.losses: deque[float] = deque(maxlen=20)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoints.check_finite(checkpoint["state_dict"], f"at iteration {runner.iter}")
         checkpoint["losses"] = list(self.losses)
         # Of mmengine's message hub only what can be read back without unpickling: no histories, no NumPy scalars.
         hub = checkpoint["message_hub"]
@@ -325,6 +341,8 @@ def train(
 ) -> Outcome:
     """Trains from the newest checkpoint, or from fresh weights, and keeps the finished weights as safetensors.
 
+    The checkpoints stay until the ledger knows of the weights (`checkpoints.discard`).
+
     With `validation` it looks at the validation images every `recipe.validate_every` iterations and after the last,
     and keeps the weights that scored highest, too.
 
@@ -340,7 +358,7 @@ def train(
         validation: What to look at on the way; None: the training images alone are seen.
 
     Raises:
-        FloatingPointError: the loss is no longer a number.
+        FloatingPointError: the loss or a weight is no longer a number.
         Blocked: the machine lacks what the precision needs.
         InputError: the model cannot do what an option asks for.
     """
@@ -351,14 +369,16 @@ def train(
         found = [checkpoints.newest_checkpoint(folder, context.report)]
     broadcast_object_list(found)
     checkpoint = found[0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # an earlier job of this process had its own
     runner = training_runner(job, context, build_model(), dataset, collate, hooks, checkpoint, validation)
     runner.train()
     losses = next(hook.losses for hook in runner.hooks if isinstance(hook, JobHook))
     best = next((hook for hook in runner.hooks if isinstance(hook, KeepBest)), None)
     trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if is_main_process():
+        checkpoints.check_finite(trained.state_dict(), "with the last iteration")
         checkpoints.save_weights(trained.state_dict(), folder / WEIGHTS)
-        checkpoints.discard(folder)
     barrier()
     return Outcome(
         metrics={"final_loss": sum(losses) / len(losses), "iterations": job.recipe.iterations},
@@ -381,7 +401,7 @@ def _how(job: Job) -> dict[str, Any]:
     how = {
         "processes": get_world_size(),
         "accumulate": job.recipe.engine.accumulate,
-        "images_per_forward": job.recipe.batch_size // get_world_size() // job.recipe.engine.accumulate,
+        "images_per_forward": job.recipe.images_per_forward,
         "device": torch.cuda.get_device_name() if gpu else "cpu",
     }
     return how | ({"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6} if gpu else {})

@@ -23,7 +23,7 @@ SEGMENTATION_SETTINGS = {  # what a segmentation's recipe may hold; benchmarks/s
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by automatic mixed precision
 
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
-METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 1, "train": 2, "evaluate": 1}
+METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 2, "train": 3, "evaluate": 1}
 
 # Of one CPU core in a training, measured on the demo's models; live views correct it as they go.
 MACS_PER_SECOND = 20e9
@@ -89,6 +89,11 @@ class Recipe:
     threads: int = 1  # CPU threads; they decide the order of floating-point sums, and with it the last digits
     workers: int = 0  # data-loading processes, of each training process
     engine: Engine = field(default_factory=Engine)
+
+    @property
+    def images_per_forward(self) -> int:
+        """How many images a process takes at once; an evaluation no more than the training."""
+        return self.batch_size // (self.engine.processes * self.engine.accumulate)
 
     @property
     def peak_learning_rate(self) -> float:
