@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import traceback
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm
 
-from benchmarks.errors import Blocked
+from benchmarks.errors import Blocked, ProcessDied
 
 if TYPE_CHECKING:
     from benchmarks.engine import Context, Outcome
@@ -34,7 +36,8 @@ def wrap(model: torch.nn.Module) -> MMDistributedDataParallel:
     """
     if torch.cuda.is_available():
         device = torch.cuda.current_device()
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.to(device))
+        # timm's, since some of its norms contain the activation behind them, which PyTorch's conversion drops.
+        model = convert_sync_batchnorm(model.to(device))
         where: dict[str, Any] = {"device_ids": [device]}
     else:
         model, where = revert_sync_batchnorm(model), {}
@@ -47,7 +50,7 @@ def measure_in_processes(job: Job, context: Context, trained: Mapping[str, str])
 
     Raises:
         Blocked: there are fewer GPUs than processes.
-        RuntimeError: a process died.
+        ProcessDied: one of them.
         Exception: what the first process to fail raised.
     """
     number = job.recipe.engine.processes
@@ -94,10 +97,14 @@ def _listen(workers: list[multiprocessing.Process], receiver: Connection, contex
         for rank, worker in enumerate(workers):
             if worker.exitcode:
                 how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit status {worker.exitcode}"
-                raise RuntimeError(f"process {rank} of {len(workers)} died ({how}): killed, or out of memory")
+                raise ProcessDied(f"process {rank} of {len(workers)} died ({how}); {_perhaps(worker.exitcode)}")
         if not alive:
             return outcome
         wait([receiver, *alive])
+
+
+def _perhaps(exitcode: int) -> str:
+    return "killed, perhaps for want of memory" if exitcode == -signal.SIGKILL else "its log may tell more"
 
 
 def _work(

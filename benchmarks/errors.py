@@ -25,6 +25,10 @@ class Blocked(Exception):
         return _rebuild_blocked, (str(self), self.looked_in, self.how_to_get)
 
 
+class ProcessDied(Exception):
+    """A process of a job ended without a word. The message is one line that names it and how it ended."""
+
+
 class Damaged(Blocked):
     """A file of a dataset cannot be used. The message names the file.
 
