@@ -22,7 +22,7 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 import zoo
 from benchmarks import data
@@ -31,7 +31,8 @@ from benchmarks.distillation import distilled_targets, probability_maps
 from benchmarks.draws import seeded
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
-from benchmarks.job import Job, Recipe
+from benchmarks.held_out import Scores, split
+from benchmarks.job import SEARCH, Job, Recipe
 
 
 class Mixing(BaseDataPreprocessor):
@@ -164,6 +165,12 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
     dataset = build_dataset(job, root, training=True)
+    hooks = [Averaging(job.recipe)] if job.recipe.ema else []
+    if job.stage == SEARCH:
+        seen, held_out = split(job, len(dataset))
+        images = open_images(data.describe(job.data), root, True, build_transform(job, training=False))
+        scored = Subset(images, held_out), default_collate, job.recipe.batch_size, TopK(), "top1"
+        dataset, hooks = Subset(dataset, seen), [*hooks, Scores(job, context, *scored)]
     if job.recipe.mixup:
         dataset = WithNumber(dataset)
     loaded: list[str] = []
@@ -174,8 +181,9 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
             loaded.append(start_from(network, initial))
         return Classifier(network, job.recipe)
 
-    hooks = [Averaging(job.recipe)] if job.recipe.ema else []
     outcome = train(job, context, build, dataset, default_collate, hooks)
+    if job.stage == SEARCH:
+        hooks[-1].add_to(outcome)
     if initial is not None:
         outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": loaded[0]}
         what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]

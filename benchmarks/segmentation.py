@@ -29,7 +29,8 @@ from benchmarks import data, heads
 from benchmarks.data.scenes import LoadImage, LoadLabels, open_scenes
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError, choose
-from benchmarks.job import BARE, Job
+from benchmarks.held_out import Scores, split
+from benchmarks.job import BARE, SEARCH, Job
 
 # ImageNet's statistics in units of 8-bit pixels, RGB.
 MEAN = [123.675, 116.28, 103.53]
@@ -98,7 +99,15 @@ def run_train(job: Job, context: Context) -> Outcome:
     Where the model's configuration names a `checkpoint`, the backbone starts from that.
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    outcome = train(job, context, lambda: build_model(job), training_data(job, root), pseudo_collate)
+    dataset, hooks = training_data(job, root), []
+    if job.stage == SEARCH:
+        metric = IoUMetric(iou_metrics=["mIoU"])
+        seen, held_out = split(job, len(dataset))
+        images = evaluation_data(job, root, training=True).get_subset(held_out)
+        dataset, hooks = dataset.get_subset(seen), [Scores(job, context, images, pseudo_collate, 1, metric, "mIoU")]
+    outcome = train(job, context, lambda: build_model(job), dataset, pseudo_collate, hooks)
+    if job.stage == SEARCH:
+        hooks[-1].add_to(outcome)
     if checkpoint := job.model_config.get("checkpoint"):
         outcome.notes.append(f"the backbone started from {checkpoint}")
     return outcome
@@ -187,16 +196,16 @@ def training_data(job: Job, root: Path) -> BaseSegDataset:
     return open_scenes(described, root, True, [*pipeline, {"type": "PackSegInputs"}])
 
 
-def evaluation_data(job: Job, root: Path, scales: list[float] | None = None) -> BaseSegDataset:
+def evaluation_data(job: Job, root: Path, scales: list[float] | None = None, training: bool = False) -> BaseSegDataset:
     """The validation images below `root` as the recipe's evaluation has them, or each of them at several scales.
 
-    Labels keep their own size, at which metrics are computed.
+    With `training` the training images in their place. Labels keep their own size, at which metrics are computed.
     """
     described, settings = data.describe(job.data), job.recipe.evaluation
     labels, pack, size = LoadLabels(described), {"type": "PackSegInputs"}, settings.get("resize")
     if not scales:
         resize = [{"type": "Resize", "scale": tuple(size), "keep_ratio": True}] if size else []
-        return open_scenes(described, root, False, [LoadImage(), *resize, labels, pack])
+        return open_scenes(described, root, training, [LoadImage(), *resize, labels, pack])
     sizes = [
         {"scale": tuple(round(side * scale) for side in size)} if size else {"scale_factor": scale} for scale in scales
     ]
@@ -209,7 +218,7 @@ def evaluation_data(job: Job, root: Path, scales: list[float] | None = None) -> 
             [pack],
         ],
     }
-    return open_scenes(described, root, False, [LoadImage(), several])
+    return open_scenes(described, root, training, [LoadImage(), several])
 
 
 def _crop(job: Job) -> tuple[int, int]:

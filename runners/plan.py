@@ -70,6 +70,26 @@ def make_jobs(config: Config) -> list[Job]:
     return sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
 
 
+def trainings(config: Config) -> list[tuple[str, ModelEntry, list[Job]]]:
+    """What a search varies: benchmark, model and training, behind those that it starts from, of the first seed.
+
+    Raises:
+        InputError: as `make_jobs`, or nothing is trained.
+    """
+    make_jobs(dataclasses.replace(config, stages=["train"]))
+    suite, found = config.suite, []
+    for name, benchmark in suite.benchmarks.items():
+        if benchmark.stages is None or "train" in benchmark.stages:
+            plan = _Plan(suite, benchmark, data.describe(benchmark.data), f"suite {suite.name}, benchmark {name}")
+            seed = (config.seeds or suite.seeds)[0]
+            found += [
+                (name, entry, plan.trainings(label, entry, seed)) for label, entry in _models(config, benchmark).items()
+            ]
+    if not found:
+        raise InputError(f"suite {suite.name} trains none of the chosen models: there is no recipe to search")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What the jobs of one benchmark have in common."""
@@ -161,9 +181,9 @@ def _check(benchmark: Benchmark, where: str) -> None:
         _check_no_classification(benchmark, entries, where)
     if both := sorted(benchmark.models.keys() & benchmark.pretraining.keys()):
         raise InputError(f"{where}: {both[0]} is both in models and in pretraining; give one of them another label")
-    _check_recipe(benchmark.recipe, f"{where}: recipe")
+    check_recipe(benchmark.recipe, f"{where}: recipe")
     for name, recipe in benchmark.recipes.items():
-        _check_recipe(recipe, f"{where}: recipes.{name}")
+        check_recipe(recipe, f"{where}: recipes.{name}")
 
 
 def _check_no_classification(benchmark: Benchmark, entries: Mapping[str, ModelEntry], where: str) -> None:
@@ -176,7 +196,8 @@ def _check_no_classification(benchmark: Benchmark, entries: Mapping[str, ModelEn
                 raise InputError(f"{where}: recipe.{name} is for classifications only; leave it out")
 
 
-def _check_recipe(recipe: Recipe, where: str) -> None:
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises InputError for what no training can be."""
     for name in ("iterations", "batch_size", "checkpoint_every", "threads"):
         if getattr(recipe, name) < 1:
             raise InputError(f"{where}.{name} is {getattr(recipe, name)}; it must be at least 1")
