@@ -145,15 +145,15 @@ def _legend(scored: Sequence[Finding]) -> list[Line2D]:
     winner = best(scored)
     reference = "the recipe as it stands" + (", the best" if winner is not None and winner.number == 0 else "")
     entries = {
-        "finished": {"color": FINISHED, "marker": "o"},
-        "stopped early: its last score": {"color": STOPPED, "marker": "o", "fillstyle": "none"},
-        reference: {"color": REFERENCE, "marker": "D"},
-        "best": {"color": BEST, "marker": "*", "markersize": 10},
+        "finished": ("finished", FINISHED, {"marker": "o"}),
+        "stopped": ("stopped early: its last score", STOPPED, {"marker": "o", "fillstyle": "none"}),
+        "reference": (reference, REFERENCE, {"marker": "D"}),
+        "best": ("best", BEST, {"marker": "*", "markersize": 10}),
     }
     kinds = {_kind(finding, winner) for finding in scored}
     return [
-        handle(label, **{"linestyle": "", "markersize": 6} | look)
-        for kind, (label, look) in zip(LOOKS, entries.items(), strict=True)
+        handle(label, colour, **{"linestyle": "", "markersize": 6} | style)
+        for kind, (label, colour, style) in entries.items()
         if kind in kinds
     ]
 
@@ -165,6 +165,10 @@ def _kind(finding: Finding, winner: Finding | None) -> str:
     if finding is winner:
         return "best"
     return "finished" if finding.finished else "stopped"
+
+
+def _percent(value: float, position: int) -> str:
+    return f"{value:g}" if 0 <= value <= 100 else ""
 
 
 def _draw_field(axes: Axes, scored: Sequence[Finding], name: str) -> None:

@@ -113,7 +113,7 @@ class Search:
     """How recipes are searched (`runners.search`). Trial 0 is the recipe as it stands; it is never stopped."""
 
     scheduler: Scheduler = MISSING
-    space: dict[str, Range] = MISSING  # field of the recipe -> what it is drawn from
+    space: dict[str, Any] = MISSING  # field of the recipe -> `Range`; untyped, so that a command line can add one
     trials: int = 16
     seed: int = 0  # of the draws; a trial's values depend on it and on the trial's number alone
     concurrent: int | None = None  # trials side by side; null: as many as the machine or cluster has room for

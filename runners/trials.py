@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from benchmarks.errors import InputError, choose
 from benchmarks.job import SEARCH, Job, Recipe, Scoring
@@ -52,17 +53,21 @@ def draw_trials(search: Search, training: Job) -> list[Trial]:
     Raises:
         InputError: the search or its space is impossible, or a drawn recipe is.
     """
-    check(search, training)
+    space = _checked(search, training)
     found: dict[str, Trial] = {}
+    drawn: list[dict[str, Any]] = []
     for draw in range(search.trials * DRAWS_PER_TRIAL):
         if len(found) == search.trials:
             break
-        values = _values(search, training.recipe, draw)
+        values = _values(space, search.seed, training.recipe, draw)
+        if values in drawn:
+            continue
+        drawn.append(values)
         recipe = _with(training.recipe, values)
         check_recipe(recipe, f"search, trial {len(found)} of {training.label}: recipe")
         scoring = Scoring(held_out=search.held_out, times=search.scores)
         job = dataclasses.replace(training, stage=SEARCH, recipe=recipe, scoring=scoring)
-        found.setdefault(job.key, Trial(len(found), values, job))
+        found.setdefault(job.key, Trial(len(found), values, job))  # 1 and 1.0 are one recipe
     return list(found.values())
 
 
@@ -84,8 +89,8 @@ def is_finished(record: Record | None, search: Search) -> bool:
     return record.details.get("diverged", False) or record.details.get("stopped_by") == stopped_by(search)
 
 
-def check(search: Search, training: Job) -> None:
-    """Raises InputError for a search, or a field of its space, that is impossible."""
+def _checked(search: Search, training: Job) -> dict[str, Range]:
+    """The search's space. Raises InputError for a search, or a field of its space, that is impossible."""
     if not search.space:
         raise InputError("search.space is empty; name a field of the recipe, as runners/conf/search/asha.yaml does")
     for name in ("trials", "scores", "grace_period", "concurrent"):
@@ -99,7 +104,8 @@ def check(search: Search, training: Job) -> None:
     if search.reduction_factor <= 1:
         raise InputError(f"search.reduction_factor is {search.reduction_factor}; it must be above 1")
     known = [field.name for field in dataclasses.fields(Recipe)]
-    for name, spread in search.space.items():
+    space = {}
+    for name, given in search.space.items():
         choose("field of the recipe", name, known, "search.space")
         if name in NOT_SEARCHED:
             raise InputError(f"search.space.{name}: trials with another {name} could not be compared; leave it out")
@@ -107,7 +113,15 @@ def check(search: Search, training: Job) -> None:
             raise InputError(
                 f"search.space.{name}: the model {training.label} sets its own {name} in config; leave one of them out"
             )
-        _check_range(spread, getattr(training.recipe, name), f"search.space.{name}")
+        try:
+            space[name] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Range), given))
+            _check_range(space[name], getattr(training.recipe, name), f"search.space.{name}")
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise InputError(
+                f"search.space.{name}: {str(error).splitlines()[0]}; write {{distribution: uniform, low: 0, high: 1}} "
+                "or {distribution: choice, values: [1, 2]}"
+            ) from error
+    return space
 
 
 def _check_range(spread: Range, default: Any, where: str) -> None:
@@ -127,14 +141,14 @@ def _check_range(spread: Range, default: Any, where: str) -> None:
         raise InputError(f"{where}: low is {spread.low:g}; loguniform needs it above 0")
 
 
-def _values(search: Search, recipe: Recipe, draw: int) -> dict[str, Any]:
-    defaults = {name: getattr(recipe, name) for name in search.space}
+def _values(space: Mapping[str, Range], seed: int, recipe: Recipe, draw: int) -> dict[str, Any]:
+    defaults = {name: getattr(recipe, name) for name in space}
     if draw == 0:
         return defaults
     kinds = typing.get_type_hints(Recipe)
     values = {}
-    for name, spread in search.space.items():
-        dice = np.random.default_rng([search.seed, draw, zlib.crc32(name.encode())])
+    for name, spread in space.items():
+        dice = np.random.default_rng([seed, draw, zlib.crc32(name.encode())])
         value = _draw(spread, dice)
         if spread.relative:
             value *= defaults[name]
