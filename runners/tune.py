@@ -7,13 +7,16 @@ search that is started again tells its scheduler first what the ledger has.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -134,7 +137,7 @@ def run(
     by_number = {trial.number: trial for trial in trials}
     for record in known:
         learned.learn_record(record)
-    folder = workplace.output / "search" / ".tune"
+    folder = _folder(workplace.output / "search" / ".tune")
     keeper = _Keeper(by_number, search, workplace, finished)
     work = tune.with_parameters(_work, trials=by_number, workplace=workplace)
     tuner = tune.Tuner(
@@ -146,8 +149,8 @@ def run(
             reuse_actors=not gpus,  # a process keeps memory of a GPU for itself
         ),
         run_config=tune.RunConfig(
-            name=f"{os.getpid()}",
-            storage_path=str(folder),
+            name=folder.name,
+            storage_path=str(folder.parent),
             verbose=0,
             callbacks=[keeper],
             failure_config=tune.FailureConfig(max_failures=RETRIES),
@@ -156,11 +159,20 @@ def run(
     try:
         tuner.fit()
     finally:
-        shutil.rmtree(folder / f"{os.getpid()}", ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another search of this output folder may have one there
-            folder.rmdir()
+            folder.parent.rmdir()
     for error in keeper.errors:
         raise error
+
+
+def _folder(place: Path) -> Path:
+    """Where Tune may write while it runs, all nodes alike; what killed searches of this machine left is removed."""
+    here = platform.node()
+    for old in place.glob(f"{here}-*"):
+        if not psutil.pid_exists(int(old.name.rpartition("-")[2])):
+            shutil.rmtree(old, ignore_errors=True)
+    return place / f"{here}-{os.getpid()}"
 
 
 def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workplace) -> None:

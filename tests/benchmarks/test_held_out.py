@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import pytest
-from training_support import job, kill_in_training
+from training_support import job
 
 from benchmarks.errors import InputError
 from benchmarks.held_out import scored_at, split
@@ -55,21 +54,6 @@ def test_scoring_changes_no_weight(task, tmp_path, data_root):
     assert often.details["weights_sha256"] == once.details["weights_sha256"]
     assert often.details["held_out_images"] == 4
     assert 0 <= often.metrics[name] <= 100
-
-
-def test_a_killed_trial_keeps_its_scores(tmp_path, data_root):
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")  # shown by pytest when the test fails
-    one = trial("classification", times=8)
-    undisturbed, _ = run_job(one, workplace(tmp_path, data_root, "undisturbed"))
-    place = workplace(tmp_path, data_root)
-    kill_in_training(one, place, random.Random(seed))
-    told = []
-    record, _ = run_job(one, place, told.append)
-    assert record.details["resumed_from"]
-    assert record.samples == undisturbed.samples
-    first = next(state["scores"] for state in told if "scores" in state)
-    assert len(first) >= 3  # those of the checkpoint, before anything is computed anew
 
 
 def test_a_loss_that_is_not_a_number_is_an_outcome_of_the_trial(tmp_path, data_root):

@@ -74,8 +74,8 @@ def test_a_space_that_is_used_up_gives_each_recipe_once(base):
     assert sorted(trial.values["batch_size"] for trial in trials) == [8, 16, 32]
 
 
-def test_every_suite_that_trains_can_be_searched():
-    for suite in ("ade20k_upernet", "imagenet_classification", "cityscapes_ocr"):
+def test_suites_of_the_papers_can_be_searched():
+    for suite in ("ade20k_upernet", "cityscapes_ocr"):
         config = configuration(f"suite={suite}", "search=asha", "search.trials=3")
         for _, _, chain in trainings(config):
             assert len(draw_trials(config.search, chain[-1])) == 3
@@ -124,7 +124,6 @@ def test_an_impossible_search_is_wrong_input(base, changes, parts):
     [
         (["search=asah"], ["unknown search 'asah'", "did you mean asha?"]),
         (["+search.space.learning_rat={distribution:uniform,low:0,high:1}"], ["'learning_rat'", "learning_rate"]),
-        (["search.space.drop_path_rate.low=0.6"], ["search.space.drop_path_rate", "low is 0.6 and high 0.5"]),
         (["executor=inline"], ["a search needs Ray", "executor=ray"]),
         (["stages=[train]"], ["leave stages=[...] out"]),
         (["seeds=[0,1]"], ["one seed"]),
