@@ -34,7 +34,7 @@ def test_tuples_and_subclasses_of_numbers_become_plain_json(record):
     [
         ({"key": "../escape"}, "key: must be a name fit for a file"),
         ({"key": ""}, "key: must be"),
-        ({"status": "finished"}, "status: must be one of done, blocked, failed, not 'finished'"),
+        ({"status": "finished"}, "status: must be one of done, stopped, blocked, failed, not 'finished'"),
         ({"status": "failed"}, "reason: a failed record must say why"),
         ({"status": "blocked", "reason": " "}, "reason: must be text or null"),
         ({"stage": "test"}, "stage: must be one of"),
