@@ -108,7 +108,7 @@ class SearchSession(Session):
                     f"{one.training.label} starts from the {job.stage}ing of {job.label}, which is not done; run this "
                     "command once with stages=[train] in place of search, then again"
                 )
-            if job.stage == "train":
+            if job.stage == "train" and job.data == one.training.data:
                 self._tell(f"{job.label} was trained on the held-out images too: scores that start from it are high")
 
     def _introduce(self, one: _One) -> None:
