@@ -31,14 +31,6 @@ from runners.executors import RETRIES
 from runners.provenance import provenance
 from runners.trials import Trial, stopped_by
 
-# Of this process and, where Ray is started here, its workers.
-ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the screen belongs to the live view
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a configuration are relative to where the user is
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search as it ends all runs
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no score
-}
 SCORE, TIMES = "score", "times"  # of what a trial reports: its latest score, percent, and how many it has
 
 Finished = Callable[[Trial, Record, Sequence[str]], None]
