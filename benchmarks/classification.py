@@ -23,7 +23,7 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 import zoo
 from benchmarks import data
@@ -32,7 +32,8 @@ from benchmarks.distillation import distilled_targets, probability_maps
 from benchmarks.draws import seeded
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
-from benchmarks.job import Job, Recipe
+from benchmarks.held_out import Scores, split
+from benchmarks.job import SEARCH, Job, Recipe
 from benchmarks.validation import Validation, evaluated
 
 MIXING = 2**31  # tells the random numbers of a step's mixing from all others of the step (benchmarks.engine.JobHook)
@@ -164,6 +165,12 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
     dataset = build_dataset(job, root, training=True)
+    hooks = [Averaging()] if job.recipe.ema else []
+    if job.stage == SEARCH:
+        seen, held_out = split(job, len(dataset))
+        images = open_images(data.describe(job.data), root, True, build_transform(job, training=False))
+        scored = Subset(images, held_out), default_collate, job.recipe.images_per_forward, TopK(), "top1"
+        dataset, hooks = Subset(dataset, seen), [*hooks, Scores(job, context, *scored)]
     loaded: list[str] = []
 
     def build() -> Classifier:
@@ -172,9 +179,10 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
             loaded.append(start_from(network, initial))
         return Classifier(network, job.recipe, job.seed)
 
-    hooks = [Averaging()] if job.recipe.ema else []
     looks = validation(job, root) if job.recipe.validate_every else None
     outcome = train(job, context, build, dataset, default_collate, hooks, looks)
+    if job.stage == SEARCH:
+        hooks[-1].add_to(outcome)
     if initial is not None:
         tell_start(outcome, job, context, initial, loaded[0])
     if job.recipe.linear_probe:

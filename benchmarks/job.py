@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 STAGES = ("cost", "speed", "pretrain", "train", "evaluate")
-TRAININGS = ("pretrain", "train")  # the stages that leave weights behind
+SEARCH = "search"  # a stage that no suite has: one trial of a search (runners.search)
+TRAININGS = ("pretrain", "train", SEARCH)  # the stages that leave weights behind
 TASKS = ("classification", "segmentation")
 BARE = "bare"  # no head: the maps of the backbone, for cost and speed alone
 HEADS = ("segformer", "upernet", "ocr", BARE)
@@ -23,7 +24,7 @@ SEGMENTATION_SETTINGS = {  # what a segmentation's recipe may hold; benchmarks/s
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by automatic mixed precision
 
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
-METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 2, "train": 3, "evaluate": 1}
+METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 2, "train": 3, "evaluate": 1, SEARCH: 1}
 
 # Of one CPU core in a training, measured on the demo's models; live views correct it as they go.
 MACS_PER_SECOND = 20e9
@@ -115,6 +116,17 @@ class SpeedSettings:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How a trial of a search is scored: on a part of the training images, which the trial does not train on.
+
+    The validation images are what tables report: a recipe chosen by them would have seen them.
+    """
+
+    held_out: float = 0.1  # share of the training images; the same images for every trial and seed
+    times: int = 9  # evenly over the training, the last at its end
+
+
+@dataclass(frozen=True)
 class Job:
     """One measurement. Its `key` is a digest of all that decides the outcome, and of nothing else."""
 
@@ -134,6 +146,7 @@ class Job:
     data_options: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
     speed: SpeedSettings | None = None
+    scoring: Scoring | None = None  # of a search
     depends_on: tuple[str, ...] = ()  # keys of the jobs that must be done before
     starts_from: Mapping[str, Any] | None = None  # `description` of the training whose weights this one starts from
 
@@ -165,6 +178,8 @@ class Job:
             }
             if self.recipe.engine.accumulate != 1:
                 content["recipe"]["accumulate"] = self.recipe.engine.accumulate
+            if self.stage == SEARCH:
+                content["scoring"] = asdict(self.scoring)
             if self.starts_from is not None:
                 content["starts_from"] = dict(self.starts_from)
         return json.loads(json.dumps(content, sort_keys=True))
@@ -178,7 +193,7 @@ class Job:
         unused = {"checkpoint_every", "workers", "engine"}
         if self.stage in TRAININGS:
             unused.add("evaluate_best")
-            if not self.recipe.validate_every:  # else it decides which weights are the best
+            if self.stage != SEARCH and not self.recipe.validate_every:  # else it decides scores, or the best weights
                 unused.add("evaluation")
         default = asdict(type(self.recipe)())
         return {

@@ -30,7 +30,8 @@ from benchmarks.classification import start_from, tell_start
 from benchmarks.data.scenes import LoadImage, LoadLabels, open_scenes
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError, choose
-from benchmarks.job import BARE, Job
+from benchmarks.held_out import Scores, split
+from benchmarks.job import BARE, SEARCH, Job
 from benchmarks.validation import Validation, evaluated
 
 # ImageNet's statistics in units of 8-bit pixels, RGB.
@@ -114,7 +115,15 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
             loaded.append(start_from(model.backbone.network, initial, lambda name: "norm" in name))
         return model
 
-    outcome = train(job, context, build, training_data(job, root), pseudo_collate, validation=looks)
+    dataset, hooks = training_data(job, root), []
+    if job.stage == SEARCH:
+        metric = IoUMetric(iou_metrics=["mIoU"])
+        seen, held_out = split(job, len(dataset))
+        images = evaluation_data(job, root, training=True).get_subset(held_out)
+        dataset, hooks = dataset.get_subset(seen), [Scores(job, context, images, pseudo_collate, 1, metric, "mIoU")]
+    outcome = train(job, context, build, dataset, pseudo_collate, hooks, looks)
+    if job.stage == SEARCH:
+        hooks[-1].add_to(outcome)
     if initial is not None:
         tell_start(outcome, job, context, initial, loaded[0])
     elif checkpoint := job.model_config.get("checkpoint"):
@@ -203,16 +212,16 @@ def training_data(job: Job, root: Path) -> BaseSegDataset:
     return open_scenes(described, root, True, [*pipeline, {"type": "PackSegInputs"}])
 
 
-def evaluation_data(job: Job, root: Path, scales: list[float] | None = None) -> BaseSegDataset:
+def evaluation_data(job: Job, root: Path, scales: list[float] | None = None, training: bool = False) -> BaseSegDataset:
     """The validation images below `root` as the recipe's evaluation has them, or each of them at several scales.
 
-    Labels keep their own size, at which metrics are computed.
+    With `training` the training images in their place. Labels keep their own size, at which metrics are computed.
     """
     described, settings = data.describe(job.data), job.recipe.evaluation
     labels, pack, size = LoadLabels(described), {"type": "PackSegInputs"}, settings.get("resize")
     if not scales:
         resize = [{"type": "Resize", "scale": tuple(size), "keep_ratio": True}] if size else []
-        return open_scenes(described, root, False, [LoadImage(), *resize, labels, pack])
+        return open_scenes(described, root, training, [LoadImage(), *resize, labels, pack])
     sizes = [
         {"scale": tuple(round(side * scale) for side in size)} if size else {"scale_factor": scale} for scale in scales
     ]
@@ -225,7 +234,7 @@ def evaluation_data(job: Job, root: Path, scales: list[float] | None = None) -> 
             [pack],
         ],
     }
-    return open_scenes(described, root, False, [LoadImage(), several])
+    return open_scenes(described, root, training, [LoadImage(), several])
 
 
 def _crop(job: Job) -> tuple[int, int]:

@@ -149,7 +149,8 @@ def _report(options: argparse.Namespace) -> list[str]:
 
     _, messages = _read(options.output)
     built = report.build(options.output, **_heading(options), papers=options.papers)
-    print(f"{built.report}: {built.done} jobs done, {built.blocked} blocked, {built.failed} failed.")
+    stopped = f"{built.stopped} stopped early, " if built.stopped else ""
+    print(f"{built.report}: {built.done} jobs done, {stopped}{built.blocked} blocked, {built.failed} failed.")
     return [*messages, *built.messages]
 
 

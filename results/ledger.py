@@ -14,6 +14,7 @@ from .files import remove_stale_temporaries, sync_folder, write_atomic
 from .record import NewerSchemaError, Record, RecordError, parse_json
 
 LOCK_SECONDS = 60.0
+_WORTH = {"done": 2, "stopped": 1}
 
 
 class Ledger:
@@ -48,9 +49,10 @@ class Ledger:
     def put(self, record: Record) -> Record:
         """Keep `record` on the disk and return the record that now stands in the ledger.
 
-        A done record is never replaced by a blocked or failed one (two runs may share a ledger, and a result is worth
-        more than the news that somebody else could not get it): then the done one is returned and nothing is written.
-        Otherwise the latest wins. A record that cannot be read is moved aside first, never overwritten.
+        A done record is never replaced by another, nor a stopped one by a blocked or failed one (two runs may share a
+        ledger, and a result is worth more than the news that somebody else could not get it): then the record that
+        stands is returned and nothing is written. Otherwise the latest wins. A record that cannot be read is moved
+        aside first, never overwritten.
         Raises `OSError` with the path: disk full, read-only folder, or the lock not free within `LOCK_SECONDS`.
         """
         with self._lock():
@@ -62,7 +64,7 @@ class Ledger:
             except RecordError as error:
                 standing = None
                 self._move(record.key, "damaged", error)
-            if standing is not None and standing.done and not record.done:
+            if standing is not None and _WORTH.get(standing.status, 0) > _WORTH.get(record.status, 0):
                 return standing
             write_atomic(self.path(record.key), _seal(record))
         return record

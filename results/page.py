@@ -103,7 +103,7 @@ def render(
             unmeasured=_unmeasured(rebuilt, written, output),
             words=WORDS,
             notes=drawn.notes,
-            undone=_undone([record for record in ordered if not record.done]),
+            undone=_undone([record for record in ordered if record.status not in ("done", "stopped")]),
             uncounted=_uncounted(records),
             provenance=origin(records),
             records=[(r, _job(r), _origin(r), _parts(r), _links(r, output)) for r in ordered],
@@ -271,7 +271,7 @@ def _called(record: Record) -> str:
 
 
 def _stage(record: Record) -> str:
-    return f"{record.stage}, seed {record.seed}" if record.stage in ("pretrain", "train", "evaluate") else record.stage
+    return f"{record.stage}, seed {record.seed}" if record.stage not in ("cost", "speed") else record.stage
 
 
 def _job(record: Record) -> str:

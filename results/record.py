@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-SCHEMA_VERSION = 1
-STATUSES = ("done", "blocked", "failed")
-STAGES = ("cost", "speed", "pretrain", "train", "evaluate")
+SCHEMA_VERSION = 2  # 2: the stage "search" and the status "stopped"; records without them are still written as 1
+# A stopped job was ended before its time on purpose: what it measured until then stands, and is no finished result.
+STATUSES = ("done", "stopped", "blocked", "failed")
+STAGES = ("cost", "speed", "pretrain", "train", "evaluate", "search")
 TASKS = ("classification", "segmentation")
 
 # The names of metrics, by stage and (for an evaluation) by task. A job may leave some out; the tables know only these.
@@ -24,6 +25,10 @@ METRICS = {
     # A pretraining learns without labels; its weights are what another training starts from.
     "pretrain": ("final_loss", "iterations", "seconds"),
     "train": ("final_loss", "iterations", "seconds"),
+    # A trial of a search: its latest score, percent, on training images that it does not train on. `samples` has all
+    # of its scores, and `iteration` beside them.
+    "search/classification": ("held_out_top1", "final_loss", "iterations"),
+    "search/segmentation": ("held_out_mIoU", "final_loss", "iterations"),
     "evaluate/classification": ("top1", "top5", "baseline_top1"),  # percent; the baseline is the majority class
     "evaluate/segmentation": ("mIoU", "mAcc", "aAcc", "baseline_mIoU", "mIoU_ms"),  # percent; ms: several scales
 }
@@ -90,7 +95,8 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON data, `schema` included."""
-        return {"schema": SCHEMA_VERSION} | {item.name: getattr(self, item.name) for item in fields(self)}
+        schema = SCHEMA_VERSION if self.stage == "search" else 1  # the oldest that knows what is in it
+        return {"schema": schema} | {item.name: getattr(self, item.name) for item in fields(self)}
 
     def to_json(self) -> str:
         """The record as JSON text, one field per line; mappings keep their order (largest operator first)."""

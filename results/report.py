@@ -29,6 +29,7 @@ class Built:
     files: list[Path]  # all that was written, the report included
     rebuilt: bool  # False when everything was up to date
     done: int
+    stopped: int  # trials of a search
     blocked: int
     failed: int
     missing: int

@@ -89,9 +89,9 @@ class Row:
 def join(records: Iterable[Record], task: str) -> list[Row]:
     """The rows of one task, best metric first within each data set, rows without a metric last.
 
-    Without bare backbones and without pretrainings, neither of which ever has a score.
+    Without bare backbones and pretrainings, which never have a score, and a search's trials, which have another one.
     """
-    scored = [record for record in records if record.head != BARE and record.stage != "pretrain"]
+    scored = [record for record in records if record.head != BARE and record.stage not in ("pretrain", "search")]
     return _join([record for record in scored if record.task == task])
 
 

@@ -83,6 +83,48 @@ class Suite:
     expected: Expected = field(default_factory=Expected)
 
 
+class Distribution(StrEnum):
+    """How a search draws a value: evenly, evenly in its logarithm, or one of some."""
+
+    uniform = "uniform"
+    loguniform = "loguniform"
+    choice = "choice"
+
+
+@dataclass
+class Range:
+    """What a search draws a field of the recipe from."""
+
+    distribution: Distribution = MISSING
+    low: float | None = None  # both are in the range
+    high: float | None = None
+    values: list[Any] = field(default_factory=list)  # of a choice
+    relative: bool = False  # low, high and values are multiples of what the recipe has
+
+
+class Scheduler(StrEnum):
+    """Who stops a trial early: Ray Tune's ASHA, its median stopping rule, or nobody."""
+
+    asha = "asha"
+    median = "median"
+    none = "none"
+
+
+@dataclass
+class Search:
+    """How recipes are searched (`runners.search`). Trial 0 is the recipe as it stands; it is never stopped."""
+
+    scheduler: Scheduler = MISSING
+    space: dict[str, Any] = MISSING  # field of the recipe -> `Range`; untyped, so that a command line can add one
+    trials: int = 16
+    seed: int = 0  # of the draws; a trial's values depend on it and on the trial's number alone
+    concurrent: int | None = None  # trials side by side; null: as many as the machine or cluster has room for
+    held_out: float = 0.1  # share of the training images that trials are scored on and do not train on
+    scores: int = 9  # times that a trial is scored, evenly over its training; grace_period counts them
+    grace_period: int = 1  # a trial is not stopped before it has so many scores
+    reduction_factor: float = 3.0  # asha: about 1 in so many trials passes each rung
+
+
 @dataclass
 class Config:
     """`python runners/run.py suite=NAME ...`"""
@@ -97,6 +139,7 @@ class Config:
     data_root: str = "data"
     papers: list[str] = field(default_factory=list)  # CSV files of papers' rows, beside those of results/papers
     plan: bool = False  # print the jobs and run none
+    search: Search | None = None  # instead of the suite's stages: look for a better recipe of each chosen model
 
 
 def register() -> None:
@@ -105,3 +148,4 @@ def register() -> None:
     store.store(name="schema", node=Config)
     store.store(group="suite", name="schema", node=Suite)
     store.store(group="recipe", name="schema", node=Recipe)
+    store.store(group="search", name="schema", node=Search)

@@ -8,6 +8,7 @@ import json
 import re
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from benchmarks.errors import Blocked, InputError, ProcessDied
-from benchmarks.job import TRAININGS, Job
+from benchmarks.job import SEARCH, TRAININGS, Job
 from results.files import write_atomic
 from results.ledger import Ledger
 from results.record import Record
@@ -40,18 +41,21 @@ class Workplace:
         return self.output / "progress" / f"{key}.json"
 
 
-def run_job(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
+def run_job(
+    job: Job, workplace: Workplace, watch: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[Record, list[str]]:
     """Runs a job that the ledger does not have yet, and writes its record.
 
     A lock per job lets two runs of one suite share an output folder: the second waits, then finds the first one's
-    record. The lock is the operating system's and ends with the process, however that ends.
+    record. The lock is the operating system's and ends with the process, however that ends. `watch` is called with all
+    that the job says of its progress; what it raises ends the job.
 
     Returns:
         The record, and one line for each thing that the user should know (damaged files and the like).
     """
     messages: list[str] = []
     ledger = Ledger(workplace.ledger, messages.append)
-    tell = _Progress(workplace.progress(job.key))
+    tell = _Progress(workplace.progress(job.key), watch)
     locks = workplace.output / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     lock = FileLock(locks / f"{job.key}.lock")
@@ -94,6 +98,8 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
             outcome = None
             status, reason = ("blocked" if isinstance(error, Blocked) else "failed"), explain(error, job)
             details = _details(error, job)
+            if job.stage == SEARCH and isinstance(error, FloatingPointError):
+                status, details = "stopped", {"diverged": True}  # a finding about the recipe, and not to be tried again
     return make_record(
         job,
         status,
@@ -205,11 +211,14 @@ def _details(error: BaseException, job: Job) -> dict[str, Any]:
 class _Progress:
     """Writes a job's progress to a file, at most once a second."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, watch: Callable[[dict[str, Any]], None] | None = None):
         self.path = path
         self.last = 0.0
+        self.watch = watch
 
     def __call__(self, state: dict[str, Any], force: bool = False) -> None:
+        if self.watch is not None:
+            self.watch(state)
         now = time.monotonic()
         if force or now - self.last >= 1.0:
             self.last = now

@@ -40,16 +40,7 @@ def make_jobs(config: Config) -> list[Job]:
             raise InputError(f"{name}=[] leaves nothing to run; name at least one, or leave the setting out")
     jobs: dict[str, Job] = {}
     seeds = config.suite.seeds if config.seeds is None else config.seeds
-    plans: dict[str, _Plan] = {}
-    for name, benchmark in suite.benchmarks.items():
-        where = f"suite {suite.name}, benchmark {name}"
-        _check(benchmark, where)
-        if benchmark.head == BARE and "train" in _own_stages(all_stages, benchmark):
-            raise InputError(f"{where}: head={BARE} has nothing to train; choose another head or stages=[cost,speed]")
-        described = data.describe(benchmark.data)
-        if described.task != benchmark.task:
-            raise InputError(f"{where}: the dataset {benchmark.data} is for {described.task}, not {benchmark.task}")
-        plans[name] = _Plan(suite, name, benchmark, described, where, plans)
+    plans = _plans(suite, all_stages)
     for name, benchmark in suite.benchmarks.items():
         plan, stages = plans[name], _own_stages(all_stages, benchmark)
         for label, entry in _models(config, benchmark).items():
@@ -70,6 +61,39 @@ def make_jobs(config: Config) -> list[Job]:
             alone = [plan.trainings(*item, seed) for item in benchmark.pretraining.items() for seed in seeds]
             jobs |= {job.key: job for chain in alone for job in chain}
     return sorted(jobs.values(), key=lambda job: STAGES.index(job.stage))
+
+
+def trainings(config: Config) -> list[tuple[str, ModelEntry, list[Job]]]:
+    """What a search varies: benchmark, model and training, behind those that it starts from, of the first seed.
+
+    Raises:
+        InputError: as `make_jobs`, or nothing is trained.
+    """
+    make_jobs(dataclasses.replace(config, stages=["train"]))
+    suite, found = config.suite, []
+    seed = (config.seeds or suite.seeds)[0]
+    for name, plan in _plans(suite, ["train"]).items():
+        if _own_stages(["train"], plan.benchmark):
+            models = _models(config, plan.benchmark).items()
+            found += [(name, entry, plan.trainings(label, entry, seed)) for label, entry in models]
+    if not found:
+        raise InputError(f"suite {suite.name} trains none of the chosen models: there is no recipe to search")
+    return found
+
+
+def _plans(suite: Suite, stages: Sequence[str]) -> dict[str, _Plan]:
+    """The plan of each benchmark, by name; raises InputError for what is wrong in one."""
+    plans: dict[str, _Plan] = {}
+    for name, benchmark in suite.benchmarks.items():
+        where = f"suite {suite.name}, benchmark {name}"
+        _check(benchmark, where)
+        if benchmark.head == BARE and "train" in _own_stages(stages, benchmark):
+            raise InputError(f"{where}: head={BARE} has nothing to train; choose another head or stages=[cost,speed]")
+        described = data.describe(benchmark.data)
+        if described.task != benchmark.task:
+            raise InputError(f"{where}: the dataset {benchmark.data} is for {described.task}, not {benchmark.task}")
+        plans[name] = _Plan(suite, name, benchmark, described, where, plans)
+    return plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +229,7 @@ def _check(benchmark: Benchmark, where: str) -> None:
         raise InputError(f"{where}: {both[0]} is both in models and in pretraining; give one of them another label")
     others = {f"recipes.{name}": recipe for name, recipe in benchmark.recipes.items()}
     for name, recipe in ({"recipe": benchmark.recipe} | others).items():
-        _check_recipe(recipe, f"{where}: {name}")
+        check_recipe(recipe, f"{where}: {name}")
         _check_settings(recipe, benchmark.task, f"{where}: {name}")
 
 
@@ -231,7 +255,8 @@ def _check_settings(recipe: Recipe, task: str, where: str) -> None:
         raise InputError(f"{where} has clip_gradient_norm and clip_gradient_value; set one of them to null")
 
 
-def _check_recipe(recipe: Recipe, where: str) -> None:
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises InputError for what no training can be."""
     for name in ("iterations", "batch_size", "checkpoint_every", "threads"):
         if getattr(recipe, name) < 1:
             raise InputError(f"{where}.{name} is {getattr(recipe, name)}; it must be at least 1")

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from benchmarks.errors import InputError, choose
 from runners.config import Config, register
+from runners.search import SearchSession
 from runners.session import Session
 
 COMPLETE, WRONG_INPUT, INTERRUPTED = 0, 1, 130  # 2, incomplete, is for a session to say
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
         try:
             settings: Config = OmegaConf.to_object(config)
-            statuses.append(Session(settings, command + swept, console, started).run())
+            kind = Session if settings.search is None else SearchSession
+            statuses.append(kind(settings, command + swept, console, started).run())
         except EXPECTED as error:  # kept for below: Hydra would print lines of its own
             failures.append(error)
 
@@ -84,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def one_line(error: BaseException) -> str:
     """What was wrong, where and what to do next, in one line."""
-    if isinstance(error, MissingConfigException) and (error.missing_cfg_file or "").startswith(("suite/", "recipe/")):
-        group, name = str(error.missing_cfg_file).split("/", 1)
+    group, _, name = (getattr(error, "missing_cfg_file", None) or "").partition("/")
+    if isinstance(error, MissingConfigException) and group in ("suite", "recipe", "search"):
         try:
             choose(group, name, (path.stem for path in (CONF / group).glob("*.yaml")), f"{group}={name}")
         except InputError as unknown:

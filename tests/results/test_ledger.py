@@ -90,7 +90,7 @@ def flip_a_digit(text):
         lambda text: "",
         lambda text: text[: len(text) // 2],
         flip_a_digit,
-        lambda text: text.replace('"schema": 1', '"schema": 2'),
+        lambda text: text.replace('"schema": 1', '"schema": 3'),
         lambda text: text.replace('"key": "a"', '"key": "b"'),
         lambda text: "[]",
         lambda text: json.dumps(json.loads(text)["record"]),
@@ -130,12 +130,12 @@ def test_a_newer_schema_is_reported_and_kept(ledger, record):
     from results.ledger import _checksum
 
     made = ledger.put(record("cost", key="a"))
-    newer = made.to_dict() | {"schema": 2, "colour": "red"}
+    newer = made.to_dict() | {"schema": 3, "colour": "red"}
     text = json.dumps({"checksum": _checksum(newer), "record": newer})
     ledger.path("a").write_text(text)
     assert ledger.records() == ledger.records() == []
     assert len(ledger.reports) == 1
-    assert "schema 2 is newer" in ledger.reports[0]
+    assert "schema 3 is newer" in ledger.reports[0]
     assert ledger.path("a").read_text() == text
     assert ledger.set_aside() == []
     ledger.put(made)

@@ -1,0 +1,247 @@
+"""The trials of a search as Ray Tune's: its schedulers decide which go on. What they measure goes to the ledger.
+
+Tune keeps nothing: its own experiment state cannot grow by more trials once it is finished, and the ledger can. A
+search that is started again tells its scheduler first what the ledger has.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from benchmarks import checkpoints
+from results.ledger import Ledger
+from results.record import Record
+from results.rows import METRIC
+from runners.config import Scheduler, Search
+from runners.execute import Workplace, make_record, run_job
+from runners.executors import RETRIES
+from runners.provenance import provenance
+from runners.trials import Trial, stopped_by
+
+SCORE, TIMES = "score", "times"  # of what a trial reports: its latest score, percent, and how many it has
+
+Finished = Callable[[Trial, Record, Sequence[str]], None]
+
+
+class _FromTheLedger:
+    """What is added to Tune's schedulers: they learn what earlier runs measured, and never stop trial 0."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.seen: dict[str, int] = {}  # trial -> how many of its scores
+
+    def learn(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Takes a result into account, without deciding anything."""
+
+    def learn_record(self, record: Record) -> None:
+        """Takes all scores of a trial into account that is not run again."""
+        known = _Known(record.key)
+        self.on_trial_add(None, known)
+        for times, score in enumerate(scores_of(record), start=1):
+            self.learn(None, known, {SCORE: score[1], TIMES: times})
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        # A worker that was started again reports anew what its checkpoint says.
+        if SCORE not in result or result[TIMES] <= self.seen.get(trial.trial_id, 0):
+            return TrialScheduler.CONTINUE
+        self.seen[trial.trial_id] = result[TIMES]
+        if result["number"] == 0:
+            self.learn(controller, trial, result)
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A trial's last result was a result like the others."""
+
+
+class _Known:
+    """A trial of an earlier run, as a scheduler tells it from others."""
+
+    def __init__(self, trial_id: str):
+        self.trial_id = trial_id
+
+
+class Asha(_FromTheLedger, ASHAScheduler):
+    def learn(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        ASHAScheduler.on_trial_result(self, controller, trial, result)
+
+
+class Median(_FromTheLedger, MedianStoppingRule):
+    def learn(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        MedianStoppingRule.on_trial_complete(self, controller, trial, result)
+
+
+class NoStop(_FromTheLedger, FIFOScheduler):
+    pass
+
+
+def scheduler(search: Search) -> Asha | Median | NoStop:
+    """Tune's scheduler; its time is the number of scores, which is the same share of every trial's training."""
+    if search.scheduler is Scheduler.none:
+        return NoStop()
+    common = {"time_attr": TIMES, "metric": SCORE, "mode": "max", "grace_period": search.grace_period}
+    if search.scheduler is Scheduler.median:
+        return Median(**common)
+    return Asha(max_t=search.scores, reduction_factor=search.reduction_factor, **common)
+
+
+def run(
+    trials: Sequence[Trial],
+    known: Sequence[Record],
+    search: Search,
+    workplace: Workplace,
+    cpus: int,
+    finished: Finished,
+) -> None:
+    """Runs `trials` on the Ray that this process is connected to; calls `finished` as each ends, however it ends.
+
+    A trial whose worker died is started again, and goes on from its last checkpoint. Errors of a job are in its record.
+
+    Args:
+        trials: Those without a record.
+        known: The records of the search's other trials, in their order.
+        search: The search.
+        workplace: Where to read and write.
+        cpus: CPUs of a trial.
+        finished: Gets the trial, its record and lines for the user.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    total, nodes = ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = min(cpus, max(int(node.get("CPU", 0)) for node in nodes))
+    gpus = min(1, int(total.get("GPU", 0))) * trials[0].job.recipe.engine.processes
+    room = min(int(total[kind]) // each for kind, each in (("CPU", cpus), ("GPU", gpus)) if each)
+    learned = scheduler(search)
+    by_number = {trial.number: trial for trial in trials}
+    for record in known:
+        learned.learn_record(record)
+    folder = _folder(workplace.output / "search" / ".tune")
+    keeper = _Keeper(by_number, search, workplace, finished)
+    work = tune.with_parameters(_work, trials=by_number, workplace=workplace)
+    tuner = tune.Tuner(
+        tune.with_resources(work, {"CPU": cpus, "GPU": gpus}),
+        param_space={"number": tune.grid_search(sorted(by_number))},
+        tune_config=tune.TuneConfig(
+            scheduler=learned,
+            max_concurrent_trials=search.concurrent or max(1, room),
+            reuse_actors=not gpus,  # a process keeps memory of a GPU for itself
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            verbose=0,
+            callbacks=[keeper],
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another search of this output folder may have one there
+            folder.parent.rmdir()
+    for error in keeper.errors:
+        raise error
+
+
+def _folder(place: Path) -> Path:
+    """Where Tune may write while it runs, all nodes alike; what killed searches of this machine left is removed."""
+    here = platform.node()
+    for old in place.glob(f"{here}-*"):
+        if not psutil.pid_exists(int(old.name.rpartition("-")[2])):
+            shutil.rmtree(old, ignore_errors=True)
+    return place / f"{here}-{os.getpid()}"
+
+
+def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workplace) -> None:
+    """A trial in its worker: reports each score to Tune, which may end the process then."""
+    trial = trials[config["number"]]
+    started, clock = datetime.now(UTC), time.monotonic()
+    reported = 0
+
+    def report(scores: Sequence[Sequence[float]], **more: Any) -> None:
+        nonlocal reported
+        for times in range(reported + 1, len(scores) + 1):
+            reported = times
+            origin = provenance(workplace.command, started.isoformat(timespec="seconds"), time.monotonic() - clock)
+            result = {SCORE: scores[times - 1][1], TIMES: times, "scores": scores[:times], "provenance": origin}
+            tune.report({"number": trial.number} | result | (more if times == len(scores) else {}))
+
+    def watch(state: dict[str, Any]) -> None:
+        # The last score is for below: Tune may end the process with any, and there has to be a record before.
+        report([score for score in state.get("scores", ()) if score[0] < trial.job.recipe.iterations])
+
+    record, messages = run_job(trial.job, workplace, watch)
+    if len(scores := scores_of(record)) > reported:
+        report(scores, messages=messages)
+    else:
+        tune.report({"number": trial.number, "messages": messages})
+
+
+def scores_of(record: Record) -> list[list[float]]:
+    """The scores of a trial, as [iteration, percent]."""
+    samples = record.samples
+    scores = samples.get(f"held_out_{METRIC[record.task]}", ())
+    return [list(pair) for pair in zip(samples.get("iteration", ()), scores, strict=True)]
+
+
+class _Keeper(tune.Callback):
+    """Takes what Tune says of trials to the ledger and to the user."""
+
+    def __init__(self, trials: Mapping[int, Trial], search: Search, workplace: Workplace, finished: Finished):
+        self.trials = trials
+        self.search = search
+        self.workplace = workplace
+        self.finished = finished
+        self.ledger = Ledger(workplace.ledger)
+        self.errors: list[OSError] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes down what it could go on from; nothing of this is part of it."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours, result = self.trials[trial.config["number"]], trial.last_result
+        if "messages" in result:
+            record = self.ledger.get(ours.key)
+        else:  # its scheduler stopped it
+            record = self.ledger.put(self._stopped(ours, result))
+            self.workplace.progress(ours.key).unlink(missing_ok=True)
+            checkpoints.discard(self.workplace.output / "jobs" / ours.key)
+        self.finished(ours, record, result.get("messages", ()))
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours, error = self.trials[trial.config["number"]], trial.get_pickled_error()
+        if isinstance(cause := getattr(error, "cause", error), OSError):
+            self.errors.append(cause)
+        reason = f"its worker died {RETRIES + 1} times ({type(cause).__name__}): killed, or out of memory"
+        self.finished(ours, self.ledger.put(make_record(ours.job, "failed", reason)), ())
+
+    def _stopped(self, trial: Trial, result: dict[str, Any]) -> Record:
+        iterations, scores = zip(*result["scores"], strict=True)
+        at, name = int(iterations[-1]), f"held_out_{METRIC[trial.job.task]}"
+        settings = stopped_by(self.search)
+        return make_record(
+            trial.job,
+            "stopped",
+            f"stopped early by {settings['scheduler']} at iteration {at} of {trial.job.recipe.iterations}",
+            metrics={name: scores[-1], "iterations": at},
+            samples={name: list(scores), "iteration": list(map(float, iterations))},
+            details={"stopped_by": settings},
+            artifacts={"log": f"jobs/{trial.key}/log.txt"},
+            provenance=result["provenance"],
+        )

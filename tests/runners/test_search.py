@@ -1,0 +1,285 @@
+"""Searches: trials drawn alike each time, stopped by Tune's schedulers, kept when their driver is killed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import shutil
+import sys
+import time
+
+import psutil
+import pytest
+from omegaconf import OmegaConf
+from tests_support import MINIATURE, configuration
+
+from benchmarks.errors import InputError
+from benchmarks.job import SEARCH, Job, Recipe
+from results.ledger import Ledger
+from runners import run
+from runners.config import Distribution, Range, Scheduler, Search
+from runners.execute import Workplace, make_record, run_job
+from runners.plan import trainings
+from runners.trials import draw_trials, is_finished, stopped_by
+
+LEARNING_RATE = Range(Distribution.loguniform, low=0.1, high=10, relative=True)
+BATCH_SIZE = Range(Distribution.choice, values=[0.5, 1, 2], relative=True)
+
+
+@pytest.fixture(scope="module")
+def base() -> Job:
+    """What is searched: the demo's training of HiViT."""
+    return trainings(configuration("suite=demo", "models=[hivit_tiny]"))[0][2][-1]
+
+
+def search(**changes) -> Search:
+    space = {
+        "learning_rate": LEARNING_RATE,
+        "drop_path_rate": Range(Distribution.uniform, low=0, high=0.5),
+        "batch_size": BATCH_SIZE,
+    }
+    return Search(**{"scheduler": Scheduler.asha, "space": space, "trials": 12} | changes)
+
+
+def test_trials_are_the_same_however_many_and_whatever_else_is_searched(base):
+    trials = draw_trials(search(), base)
+    assert [trial.number for trial in trials] == list(range(12))
+    assert draw_trials(search(trials=5), base) == trials[:5]
+    assert draw_trials(search(seed=1), base)[1:] != trials[1:]
+    alone = draw_trials(search(space={"learning_rate": LEARNING_RATE}), base)
+    assert [trial.values["learning_rate"] for trial in alone] == [trial.values["learning_rate"] for trial in trials]
+
+
+def test_trials_stay_in_their_space_and_see_as_many_images(base):
+    trials = draw_trials(search(trials=40), base)
+    first, others = trials[0], trials[1:]
+    assert first.job.recipe == base.recipe
+    assert first.values == {"learning_rate": 5e-4, "drop_path_rate": 0.0, "batch_size": 16}
+    assert len({trial.key for trial in trials}) == 40
+    assert {trial.values["batch_size"] for trial in others} == {8, 16, 32}
+    rates = [trial.values["learning_rate"] for trial in others]
+    assert 5e-5 <= min(rates) < 2e-4
+    assert 1e-3 < max(rates) <= 5e-3
+    for trial in trials:
+        recipe = trial.job.recipe
+        assert trial.job.stage == SEARCH
+        assert trial.job.content()["scoring"] == {"held_out": 0.1, "times": 9}
+        assert {name: getattr(recipe, name) for name in trial.values} == trial.values
+        assert recipe.iterations * recipe.batch_size == base.recipe.iterations * base.recipe.batch_size
+        assert 0 <= recipe.drop_path_rate <= 0.5
+
+
+def test_a_space_that_is_used_up_gives_each_recipe_once(base):
+    trials = draw_trials(search(space={"batch_size": BATCH_SIZE}), base)
+    assert sorted(trial.values["batch_size"] for trial in trials) == [8, 16, 32]
+
+
+def test_suites_of_the_papers_can_be_searched():
+    for suite in ("ade20k_upernet", "cityscapes_ocr"):
+        config = configuration(f"suite={suite}", "search=asha", "search.trials=3")
+        for _, _, chain in trainings(config):
+            assert len(draw_trials(config.search, chain[-1])) == 3
+
+
+def uniform(**changes) -> dict:
+    return {"distribution": "uniform", "low": 0, "high": 1} | changes
+
+
+def choice(*values, **changes) -> dict:
+    return {"distribution": "choice", "values": list(values)} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"space": {}}, ["search.space is empty", "name a field"]),
+        ({"space": {"learning_rat": uniform()}}, ["unknown field of the recipe 'learning_rat'", "learning_rate"]),
+        ({"space": {"drop_path_rate": uniform(low=2)}}, ["search.space.drop_path_rate", "low is 2 and high 1"]),
+        ({"space": {"drop_path_rate": uniform(high=None)}}, ["uniform needs low and high"]),
+        ({"space": {"drop_path_rate": uniform(distribution="loguniform")}}, ["needs it above 0"]),
+        ({"space": {"drop_path_rate": uniform(hihg=2)}}, ["search.space.drop_path_rate", "hihg", "write {"]),
+        ({"space": {"drop_path_rate": 3}}, ["search.space.drop_path_rate", "write {"]),
+        ({"space": {"batch_size": choice()}}, ["search.space.batch_size: values is empty"]),
+        ({"space": {"batch_size": choice("many", relative=True)}}, ["multiples of 16 must be numbers"]),
+        ({"space": {"layer_decay": uniform(relative=True)}}, ["relative to None"]),
+        ({"space": {"iterations": choice(1, 2)}}, ["another iterations could not be compared"]),
+        ({"space": {"schedule": choice("steps")}}, ["unknown schedule 'steps'"]),
+        ({"trials": 0}, ["search.trials is 0"]),
+        ({"grace_period": 10}, ["search.grace_period is 10, more than the 9 scores"]),
+        ({"held_out": 1.0}, ["search.held_out is 1"]),
+        ({"reduction_factor": 1.0}, ["search.reduction_factor is 1"]),
+    ],
+    ids=str,
+)
+def test_an_impossible_search_is_wrong_input(base, changes, parts):
+    with pytest.raises(InputError) as error:
+        draw_trials(search(**changes), base)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["search=asah"], ["unknown search 'asah'", "did you mean asha?"]),
+        (["+search.space.learning_rat={distribution:uniform,low:0,high:1}"], ["'learning_rat'", "learning_rate"]),
+        (["executor=inline"], ["a search needs Ray", "executor=ray"]),
+        (["stages=[train]"], ["leave stages=[...] out"]),
+        (["seeds=[0,1]"], ["one seed"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_wrong_input_is_one_line(overrides, parts, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    given = ["search=asha", "models=[hivit_tiny]", "plan=true", f"output={tmp_path}", *overrides]
+    assert run.main(given) == 1
+    written = capsys.readouterr().err
+    assert written.startswith("error: ")
+    assert len(written.strip().splitlines()) == 1
+    for part in parts:
+        assert part in written
+
+
+def test_without_ray_it_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not there
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert run.main(["search=asha", "models=[hivit_tiny]", f"output={tmp_path}"]) == 1
+    assert "error: a search needs Ray Tune, and Ray is not installed" in capsys.readouterr().err
+
+
+def trial_record(trial, scores, status="done", **details):
+    reason = None if status == "done" else "stopped early"
+    samples = {"held_out_top1": scores, "iteration": [float(i + 1) for i in range(len(scores))]}
+    return make_record(trial.job, status, reason, samples=samples, details=details)
+
+
+def test_what_counts_as_finished(base):
+    asked = search()
+    trial = draw_trials(asked, base)[1]
+    other = dataclasses.replace(asked, reduction_factor=2.0)
+    more = dataclasses.replace(asked, trials=99)
+    assert not is_finished(None, asked)
+    assert is_finished(trial_record(trial, [50.0]), other)
+    assert not is_finished(make_record(trial.job, "failed", "no luck"), asked)
+    stopped = trial_record(trial, [5.0], "stopped", stopped_by=stopped_by(asked))
+    assert is_finished(stopped, asked)
+    assert is_finished(stopped, more)
+    assert not is_finished(stopped, other)  # another scheduler might have let it go on
+    assert is_finished(trial_record(trial, [5.0], "stopped", diverged=True), other)
+
+
+@pytest.mark.parametrize("name", [Scheduler.asha, Scheduler.median, Scheduler.none])
+def test_schedulers_know_what_the_ledger_has_and_never_stop_the_first_trial(base, name):
+    from runners import tune
+
+    class Running:
+        def __init__(self, trial_id: str):
+            self.trial_id = trial_id
+
+    asked = search(scheduler=name, scores=3)
+    others = draw_trials(asked, base)[1:]
+    scheduler = tune.scheduler(asked)
+    for trial, score in zip(others[:4], (50.0, 51.0, 52.0, 53.0), strict=True):
+        scheduler.learn_record(trial_record(trial, [score, score + 10, score + 20]))
+
+    def decide(number: int, score: float) -> str:
+        running = Running(f"new {number} {score}")
+        scheduler.on_trial_add(None, running)
+        result = {"number": number, "score": score, "times": 1}
+        decisions = [scheduler.on_trial_result(None, running, result) for _ in range(2)]
+        assert decisions[1] == "CONTINUE"  # a worker that was started again says it twice
+        assert scheduler.on_trial_result(None, running, {"number": number, "messages": []}) == "CONTINUE"
+        return decisions[0]
+
+    stop = "CONTINUE" if name is Scheduler.none else "STOP"
+    assert decide(9, 60.0) == "CONTINUE"
+    assert decide(10, 10.0) == stop
+    assert decide(0, 10.0) == "CONTINUE"
+
+
+def records(output):
+    return {record.key: record for record in Ledger(output / "ledger").records()}
+
+
+def kill_in_trial(command_line, folder, *options: str) -> None:
+    """Kills (SIGKILL) the driver of a search when a trial has its first checkpoint in `folder`."""
+    printed = ""
+    for _ in range(3):
+        process = command_line.start(*options)
+        while process.poll() is None and not list(folder.glob("iter_*.pth")):
+            time.sleep(0.002)
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        printed = process.communicate()[0]
+        psutil.wait_procs(family, timeout=20)
+        if list(folder.glob("iter_*.pth")):
+            return
+        shutil.rmtree(command_line.output)  # the trial was faster than the kill
+    raise AssertionError(f"no trial could be caught between its first checkpoint and its end\n{printed}")
+
+
+def test_a_search_that_is_killed_goes_on(command_line, tmp_path, capsys, monkeypatch):
+    """kill -9 of the driver in a trial: what was done stays, the trial goes on, a hopeless one is stopped early."""
+    options = [
+        *("search=asha", "search.scores=3", "search.concurrent=1", "models=[test_mit]"),
+        "suite.benchmarks.classification.stages=[cost]",
+        *("~search.space.drop_path_rate", "~search.space.batch_size"),
+        # Trial 1 learns nothing: it is behind trial 0 from the first score on.
+        *("search.space.learning_rate.low=1e-6", "search.space.learning_rate.high=1e-5"),
+    ]
+    output = command_line.output
+    _, _, chain = trainings(configuration(*MINIATURE, *options))[0]
+    asked = configuration(*MINIATURE, *options).search
+    first, second, third = draw_trials(dataclasses.replace(asked, trials=3), chain[-1])
+    folder = output / "jobs" / first.key
+    kill_in_trial(command_line, folder, *options, "search.trials=2")
+    assert not records(output)
+
+    printed = command_line.run(*options, "search.trials=3")
+    found = records(output)
+    assert set(found) == {first.key, second.key, third.key}
+    record = found[first.key]
+    assert record.done
+    assert record.details["resumed_from"].startswith("iter_")
+    alone = run_job(first.job, Workplace(tmp_path / "alone", command_line.folder / "data", "test"))[0]
+    assert record.samples == alone.samples
+    assert record.details["weights_sha256"] == alone.details["weights_sha256"]
+    for trial in (second, third):
+        record = found[trial.key]
+        assert (record.status, record.metrics["iterations"]) == ("stopped", 4)
+        assert record.reason == "stopped early by asha at iteration 4 of 12"
+        assert list(record.samples["iteration"]) == [4.0]
+        assert not list((output / "jobs" / trial.key).glob("*.pth"))
+    assert "Best: the recipe as it stands" in printed
+
+    # Once more: nothing is left to compute. In this process, which has the libraries already.
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    before = {path: path.stat().st_mtime_ns for path in (output / "ledger").iterdir()}
+    assert run.main(command_line.command(*options, "search.trials=3")[2:]) == 0
+    assert "3 trials, 3 of them in" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (output / "ledger").iterdir()} == before
+
+    outcome = output / "search" / "segmentation_test_mit"
+    rows = list(csv.DictReader((outcome / "search.csv").open()))
+    assert [(row["trial"], row["state"]) for row in rows] == [
+        ("0", "finished"),
+        *((number, "stopped early") for number in sorted("12", key=lambda n: -float(rows_score(rows, n)))),
+    ]
+    assert not list((output / "search").glob(".tune"))
+    best = configuration_of(outcome / "recipe" / "best.yaml")
+    assert best == first.job.recipe
+
+
+def rows_score(rows, number):
+    return next(row["score"] for row in rows if row["trial"] == number)
+
+
+def configuration_of(path) -> Recipe:
+    """The recipe of a file, as Hydra reads it."""
+    values = OmegaConf.load(path)
+    assert values.pop("defaults") == ["schema", "_self_"]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
