@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from .display import Display, latex, markdown, plain
 from .files import csv_text, write_atomic
@@ -221,11 +222,19 @@ def _described(line: RebuiltRow) -> list[str]:
     """Label, model with configuration and head or other framework, data, the size (that of the cost behind a stroke, if
     another), and the setting."""
     row = line.row
-    config = ", ".join(f"{name}={json.dumps(value)}" for name, value in (row.config or {}).items())
+    config = ", ".join(f"{name}={_value(value)}" for name, value in (row.config or {}).items())
     framework = row.texts.get("framework", "")
     model = " + ".join(filter(None, [f"{row.model} ({config})" if config else row.model, row.head or framework]))
     sizes = dict.fromkeys(f"{h}x{w}" for h, w in filter(None, (row.input_size, row.cost_input_size)))
     return [row.label, model, row.texts.get("dataset", ""), " / cost ".join(sizes), row.texts.get("setting", "")]
+
+
+def _value(value: Any) -> str:
+    """A field of a configuration as JSON; names without quotes, the same name several times as ``4 x name``."""
+    names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if names and len(value) > 1 and len({*value}) == 1:
+        return f"{len(value)} x {value[0]}"
+    return json.dumps(value).replace('"', "")
 
 
 def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> list[tuple[str, float | None, bool]]:

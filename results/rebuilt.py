@@ -221,6 +221,7 @@ class _Ledger:
             if record.stage in ("train", "evaluate")
             and not _pretrained(record)
             and _same_data(row, record.data or "")
+            and _same_training(row, record.job)
             and row.input_size in (None, tuple(record.input_size))
         ]
 
@@ -233,6 +234,12 @@ def _same_data(row: PaperRow, data: str) -> bool:
     """Whether a data set of ours (name@version) is the row's: coco_stuff10k is COCO-Stuff."""
     printed = re.escape(normalized(row.texts.get("dataset", "")))
     return bool(re.fullmatch(printed + r"\d*k?", normalized(data.partition("@")[0])))
+
+
+def _same_training(row: PaperRow, job: Mapping[str, Any]) -> bool:
+    """Whether a network was distilled or not as the row says (`distillation=yes` or `no` under `other`), if it does."""
+    distilled = (job.get("recipe") or {}).get("distillation_alpha") is not None
+    return row.other.get("distillation") in (None, "yes" if distilled else "no")
 
 
 def _same_network(row: PaperRow, job: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """The models that the suite compares, behind timm's interface. Importing this package registers them with timm."""
 
-from zoo import hiri_vit, hivit, hivit_mae, hrformer, hrvit
+from zoo import hiri_extended, hiri_vit, hivit, hivit_mae, hrformer, hrvit
 from zoo.backbone import Backbone
 from zoo.baselines import cswin, mit
 from zoo.errors import ZooError
@@ -14,6 +14,7 @@ __all__ = [
     "create_model",
     "cswin",
     "family",
+    "hiri_extended",
     "hiri_vit",
     "hivit",
     "hivit_mae",

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -291,7 +291,8 @@ def check_size(img_size: Any) -> tuple[int, int]:
 def check_fields(config: Any) -> None:
     """Check the types of a config's fields against those of their defaults; sequences become tuples.
 
-    `img_size`, which has several forms, is left to `check_size`.
+    A field of the type ``tuple[int, ...]`` or ``tuple[str, ...]`` takes any number of them. `img_size`, which has
+    several forms, is left to `check_size`.
 
     Raises:
         ZooError: naming the field and what it must be.
@@ -302,9 +303,15 @@ def check_fields(config: Any) -> None:
             continue
         if isinstance(default, bool):
             fits, wanted = isinstance(value, bool), "True or False"
+        elif isinstance(default, str):
+            fits, wanted = isinstance(value, str), "a name"
         elif isinstance(default, tuple):
-            fits = isinstance(value, Sequence) and len(value) == len(default) and all(map(_is_int, value))
-            wanted = f"{len(default)} ints"
+            names = any(isinstance(item, str) for item in default)
+            any_length = Ellipsis in get_args(field.type)
+            fits = isinstance(value, Sequence) and not isinstance(value, str)
+            fits = fits and all(isinstance(item, str) if names else _is_int(item) for item in value)
+            fits = fits and (any_length or len(value) == len(default))
+            wanted = f"{'any number of' if any_length else len(default)} {'names' if names else 'ints'}"
             if fits:
                 object.__setattr__(config, field.name, tuple(value))
         elif isinstance(default, float):

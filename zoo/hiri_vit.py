@@ -7,6 +7,23 @@ something open, what is built here is the form that the parameters and MACs of t
 Five stages at strides 4 to 64. The first two and the stem split their convolutions in two branches: a light one at high
 resolution, and one that first halves the resolution and then does the work. Maps lie in memory as NHWC throughout
 (channels_last), so that convolutions, per-position linear layers, attention and norms take them as they are.
+
+The paper's ablations are fields. Table 7 starts from a network of four stages, `m_vit`, which is its row 6; row 7 is
+the same at 448 pixels. What rows 5 to 1 lack, each beside what the row above it lacks:
+
+- (5) ``downsampling=("conv", "conv", "conv")``
+- (4) ``stem="vit"``
+- (3) ``norms=("layer", "layer", "layer", "layer"), ffn_norm="layer"``
+- (2) ``blocks=("transformer",) * 4, num_heads=(1, 2, 5, 8), reductions=(8, 4, 1, 1)``
+- (1) ``ffn_convolution=False``
+
+Rows 8 to 11 are fields of `hiri_vit_small`, which is row 10 (and 11, with the recipe's distillation):
+
+- (8) ``blocks=("cffn", "cffn", "cffn", "transformer", "transformer"), depths=(1, 1, 2, 9, 4), stem="conv"``
+- (9) the same without ``stem``
+
+Table 8, likewise: `blocks`, with ``depths=(2, 2, 2, 11, 4), num_heads=(8,)`` for HR-HR-HR-HR-T (the number of blocks is
+not given), and ``mlp_ratios=(4, 4, 4, 5, 5), num_heads=(2, 5, 8)`` for HR-HR-T-T-T. Table 9: `zoo.hiri_extended`.
 """
 
 from collections.abc import Sequence
@@ -15,30 +32,47 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
+from timm.models.pvt_v2 import Attention as ReducedAttention
 from torch import Tensor, nn
 
 from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
+from zoo.hiri_downsampling import DOWNSAMPLING, NORMS, STEMS, channel_norm, conv
 from zoo.lean import activated_linear
 from zoo.norm import BatchNorm2d
 from zoo.recompute import checkpoint_block, recompute
+
+KINDS = {  # of the fields that name a part
+    "blocks": ("hr", "cffn", "transformer"),
+    "norms": tuple(NORMS),
+    "ffn_norm": tuple(NORMS),
+    "stem": tuple(STEMS),
+    "downsampling": tuple(DOWNSAMPLING),
+}
 
 
 @dataclass(frozen=True)
 class HiriViTConfig:
     """What a HIRI-ViT is made of; a number per stage follows Table 1. Raises ZooError for values that cannot work."""
 
-    channels: tuple[int, int, int, int, int] = (32, 64, 128, 320, 512)  # C_i of Table 1
-    depths: tuple[int, int, int, int, int] = (2, 2, 2, 9, 4)  # blocks per stage (Table 1)
-    mlp_ratios: tuple[int, int, int, int, int] = (4, 4, 6, 5, 5)  # E_i of Table 1: expansion of the feed-forward layers
-    num_heads: tuple[int, int] = (5, 8)  # H_4 and H_5 of Table 1: attention heads of the transformer stages
-    stem_width: int = 32  # channels inside the HR-stem (fitted)
-    down_strides: tuple[int, int, int, int] = (2, 2, 2, 2)  # of the IRDS before stages 2 to 5; the 224 form: 2, 1, 2, 2
-    down_ratios: tuple[int, int, int, int] = (4, 4, 6, 6)  # hidden width over input width of each IRDS (fitted)
-    shortcut_kernels: tuple[int, int, int, int] = (2, 2, 1, 1)  # of each IRDS: 1 (after pooling), 2 or 3 (fitted)
+    channels: tuple[int, ...] = (32, 64, 128, 320, 512)  # C_i of Table 1
+    depths: tuple[int, ...] = (2, 2, 2, 9, 4)  # blocks per stage (Table 1)
+    mlp_ratios: tuple[int, ...] = (4, 4, 6, 5, 5)  # E_i of Table 1: expansion of the feed-forward layers
+    blocks: tuple[str, ...] = ("hr", "hr", "cffn", "transformer", "transformer")  # kind per stage (Table 8)
+    num_heads: tuple[int, ...] = (5, 8)  # H_4 and H_5 of Table 1: attention heads per transformer stage
+    reductions: tuple[int, ...] = (1, 1, 1, 1, 1)  # of rows and columns of attention's keys (Table 7, rows 1 and 2)
+    norms: tuple[str, ...] = ("batch", "batch", "batch", "layer", "layer")  # at both ends of a stage (section 4.4)
+    ffn_norm: str = "batch"  # before the feed-forward network of a block, or "layer" (Table 7, row 4)
+    ffn_convolution: bool = True  # CFFN, else FFN (Table 7, row 2)
+    stem: str = "hr"  # "hr", "conv" or "vit" (Table 7, rows 5 and 9)
+    stem_width: int = 32  # channels inside the HR-stem and the Conv-stem (fitted)
+    downsampling: tuple[str, ...] = ("irds_a", "irds_a", "irds_b", "irds_b")  # or "conv" (Table 7, row 6)
+    down_strides: tuple[int, ...] = (2, 2, 2, 2)  # before stages 2 to 5; the 224 form: 2, 1, 2, 2
+    down_ratios: tuple[int, ...] = (4, 4, 6, 6)  # hidden width over input width of each IRDS (fitted)
+    shortcut_kernels: tuple[int, ...] = (2, 2, 1, 1)  # of each IRDS: 1 (after pooling), 2 or 3 (fitted)
     head_ratio: int = 5  # hidden width of the classifier over C_5 (fitted)
     drop_path_rate: float = 0.15  # stochastic depth of the last block; grows linearly from 0 (habit)
     img_size: int | tuple[int, int] = 448  # pixels: for the record only, no parameter depends on it
@@ -46,15 +80,16 @@ class HiriViTConfig:
     def __post_init__(self):
         check_fields(self)
         check_size(self.img_size)
-        for name in ("channels", "depths", "mlp_ratios", "num_heads", "down_ratios"):
-            if min(getattr(self, name)) < 1:
+        self._check_stages()
+        for name in ("channels", "depths", "mlp_ratios", "num_heads", "reductions", "down_ratios"):
+            if min(getattr(self, name), default=1) < 1:
                 raise ZooError(f"{name}={getattr(self, name)} must be positive numbers")
         for name in ("stem_width", "head_ratio"):
             if getattr(self, name) < 1:
                 raise ZooError(f"{name}={getattr(self, name)} must be positive")
-        for heads, width in zip(self.num_heads, self.channels[3:], strict=True):
-            if width % heads:
-                raise ZooError(f"num_heads={self.num_heads} must divide the last two of channels={self.channels}")
+        for heads, index in zip(self.num_heads, self.transformers, strict=True):
+            if self.channels[index] % heads:
+                raise ZooError(f"num_heads={self.num_heads} must divide those of channels={self.channels}")
         if not set(self.down_strides) <= {1, 2}:
             raise ZooError(f"down_strides={self.down_strides} must be 1 or 2 each")
         if not set(self.shortcut_kernels) <= {1, 2, 3}:
@@ -62,37 +97,36 @@ class HiriViTConfig:
         if not 0 <= self.drop_path_rate < 1:
             raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
 
+    @property
+    def transformers(self) -> list[int]:
+        """The indices of the stages of transformer blocks."""
+        return [index for index, kind in enumerate(self.blocks) if kind == "transformer"]
 
-def conv(dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = True) -> nn.Conv2d:
-    """A convolution whose output has ceil(side / stride) positions (odd kernels)."""
-    return nn.Conv2d(dim, out, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
-
-
-def conv_norm_act(
-    dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False
-) -> nn.Sequential:
-    return nn.Sequential(conv(dim, out, kernel, stride, groups, bias), BatchNorm2d(out), nn.ReLU(inplace=True))
+    def _check_stages(self) -> None:
+        """Refuse unknown kinds, and fields that do not have a value for each stage."""
+        stages = len(self.channels)
+        for name in ("depths", "mlp_ratios", "blocks", "reductions", "norms"):
+            if len(getattr(self, name)) != stages:
+                raise ZooError(f"{name}={getattr(self, name)} must have a value for each of channels={self.channels}")
+        for name in ("downsampling", "down_strides", "down_ratios", "shortcut_kernels"):
+            if len(getattr(self, name)) != stages - 1:
+                raise ZooError(
+                    f"{name}={getattr(self, name)} must have a value for each of {stages} stages but the first"
+                )
+        for name, known in KINDS.items():
+            value = getattr(self, name)
+            if not {*([value] if isinstance(value, str) else value)} <= set(known):
+                raise ZooError(f"{name}={value!r} must be of {', '.join(known)}")
+        if len(self.num_heads) != len(self.transformers):
+            raise ZooError(
+                f"num_heads={self.num_heads} must have a value for each transformer stage of blocks={self.blocks}"
+            )
+        if any(self.reductions[index] > 1 for index in range(stages) if index not in self.transformers):
+            raise ZooError(f"reductions={self.reductions} must be 1 where blocks={self.blocks} have no attention")
 
 
 def drop_path_or_identity(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0 else nn.Identity()
-
-
-class HRStem(nn.Module):
-    """High resolution stem (section 4.1, Figure 3c): images (B, 3, H, W) -> (B, C_1, ceil(H / 4), ceil(W / 4))."""
-
-    def __init__(self, in_chans: int, width: int, out: int):
-        super().__init__()
-        self.trunk = conv_norm_act(in_chans, width, 3, stride=2)
-        self.high = nn.Sequential(conv_norm_act(width, width, 3, groups=width), conv(width, out, 3, stride=2))
-        self.low = nn.Sequential(
-            conv_norm_act(width, width, 3, stride=2), conv_norm_act(width, width, 3), conv(width, out, 1)
-        )
-        self.norm = BatchNorm2d(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.trunk(x)
-        return self.norm(self.high(x) + self.low(x))
 
 
 class HRBlock(nn.Module):
@@ -132,13 +166,27 @@ class CFFN(nn.Module):
         return self.fc2(self.dwconv(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + z)
 
 
+class FFN(nn.Module):
+    """The same without its convolution: that of a plain transformer block."""
+
+    def __init__(self, dim: int, mlp_ratio: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, mlp_ratio * dim)
+        self.fc2 = nn.Linear(mlp_ratio * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x.permute(0, 2, 3, 1))
+        return activated_linear("gelu", self.fc2.weight, self.fc2.bias, hidden).permute(0, 3, 1, 2)
+
+
 class CFFNBlock(nn.Module):
     """Residual CFFN with BatchNorm before it (section 4.4): the third stage."""
 
-    def __init__(self, dim: int, mlp_ratio: int, drop_path: float):
+    def __init__(self, cfg: HiriViTConfig, index: int, drop_path: float):
         super().__init__()
-        self.norm = BatchNorm2d(dim)
-        self.cffn = CFFN(dim, mlp_ratio)
+        dim = cfg.channels[index]
+        self.norm = channel_norm(cfg.ffn_norm, dim)
+        self.cffn = (CFFN if cfg.ffn_convolution else FFN)(dim, cfg.mlp_ratios[index])
         self.drop_path = drop_path_or_identity(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,73 +194,37 @@ class CFFNBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention over all tokens (equation 1) after a LayerNorm, CFFN after a BatchNorm (section 4.4)."""
+    """Attention over all tokens (equation 1) after a LayerNorm, CFFN after a BatchNorm (section 4.4).
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, drop_path: float):
+    With reduced keys and values the attention is PVT's, which the ablation's base model follows (section 5.4).
+    """
+
+    def __init__(self, cfg: HiriViTConfig, index: int, drop_path: float):
         super().__init__()
+        dim, reduction = cfg.channels[index], cfg.reductions[index]
+        heads = cfg.num_heads[cfg.transformers.index(index)]
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = BatchNorm2d(dim)
-        self.cffn = CFFN(dim, mlp_ratio)
+        self.attn = ReducedAttention(dim, heads, reduction) if reduction > 1 else Attention(dim, heads)
+        self.norm2 = channel_norm(cfg.ffn_norm, dim)
+        self.cffn = (CFFN if cfg.ffn_convolution else FFN)(dim, cfg.mlp_ratios[index])
         self.drop_path = drop_path_or_identity(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H * W, C)
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), x.shape[2:]))
         x = tokens.transpose(1, 2).reshape(x.shape)
         return x + self.drop_path(self.cffn(self.norm2(x)))
 
 
-class Shortcut(nn.Module):
-    """The convolution beside an IRDS (section 4.3: "extra downsampling shortcuts").
-
-    Kernel 2 merges patches and pads with zeros on the right and bottom; kernel 1 follows an average pooling (habit).
-    """
-
-    def __init__(self, dim: int, out: int, kernel: int, stride: int):
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-        self.conv = nn.Conv2d(dim, out, kernel, stride if kernel > 1 else 1, padding=1 if kernel == 3 else 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kernel == 1 and self.stride == 2:
-            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-        elif self.kernel == 2:
-            bottom, right = (-side % 2 if self.stride == 2 else 1 for side in x.shape[-2:])
-            if bottom or right:
-                x = F.pad(x, (0, right, 0, bottom))
-        return self.conv(x)
-
-
-class IRDSa(nn.Module):
-    """Inverted residual downsampling for high resolution (section 4.3, Figure 5b), before stages 2 and 3."""
-
-    def __init__(self, dim: int, out: int, ratio: int, stride: int, shortcut_kernel: int):
-        super().__init__()
-        self.main = nn.Sequential(conv_norm_act(dim, ratio * dim, 3, stride, bias=True), conv(ratio * dim, out, 1))
-        self.shortcut = Shortcut(dim, out, shortcut_kernel, stride)
-        self.norm = BatchNorm2d(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.main(x) + self.shortcut(x))
-
-
-class IRDSb(nn.Module):
-    """Inverted residual downsampling (section 4.3, Figure 5c), before stages 4 and 5: norm and activation only once."""
-
-    def __init__(self, dim: int, out: int, ratio: int, stride: int, shortcut_kernel: int):
-        super().__init__()
-        hidden = ratio * dim
-        self.main = nn.Sequential(
-            conv_norm_act(dim, hidden, 1, bias=True),
-            conv(hidden, hidden, 3, stride, groups=hidden),
-            conv(hidden, out, 1),
-        )
-        self.shortcut = Shortcut(dim, out, shortcut_kernel, stride)
-        self.norm = LayerNorm2d(out, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.main(x) + self.shortcut(x))
+def make_block(cfg: HiriViTConfig, index: int, drop_path: float) -> nn.Module:
+    """A block of the stage `index`, counted from 0."""
+    match cfg.blocks[index]:
+        case "hr":
+            return HRBlock(cfg.channels[index], cfg.mlp_ratios[index], drop_path)
+        case "cffn":
+            return CFFNBlock(cfg, index, drop_path)
+        case _:
+            return TransformerBlock(cfg, index, drop_path)
 
 
 class Stage(nn.Module):
@@ -220,21 +232,15 @@ class Stage(nn.Module):
 
     def __init__(self, cfg: HiriViTConfig, index: int, drop_path: list[float]):
         super().__init__()
-        dim, ratio = cfg.channels[index], cfg.mlp_ratios[index]
+        dim, norm = cfg.channels[index], cfg.norms[index]
         self.downsample: nn.Module = nn.Identity()
         if index > 0:
             down = index - 1
-            self.downsample = (IRDSa, IRDSa, IRDSb, IRDSb)[down](
-                cfg.channels[down], dim, cfg.down_ratios[down], cfg.down_strides[down], cfg.shortcut_kernels[down]
+            self.downsample = DOWNSAMPLING[cfg.downsampling[down]](
+                cfg.channels[down], dim, cfg.down_ratios[down], cfg.down_strides[down], cfg.shortcut_kernels[down], norm
             )
-        if index < 2:
-            blocks = [HRBlock(dim, ratio, rate) for rate in drop_path]
-        elif index == 2:
-            blocks = [CFFNBlock(dim, ratio, rate) for rate in drop_path]
-        else:
-            blocks = [TransformerBlock(dim, cfg.num_heads[index - 3], ratio, rate) for rate in drop_path]
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = BatchNorm2d(dim) if index < 3 else LayerNorm2d(dim, eps=1e-6)
+        self.blocks = nn.ModuleList([make_block(cfg, index, rate) for rate in drop_path])
+        self.norm = channel_norm(norm, dim)
 
 
 class Head(nn.Module):
@@ -252,7 +258,7 @@ class Head(nn.Module):
 
 
 class HiriViT(Backbone):
-    """HIRI-ViT image classifier; its dense maps are those of the five stages, each after the stage's norm.
+    """HIRI-ViT image classifier; its dense maps are those of its stages, each after the stage's norm.
 
     The paper's detection and segmentation networks take the last four of the five (``out_indices=(1, 2, 3, 4)``).
 
@@ -276,8 +282,8 @@ class HiriViT(Backbone):
         self.drop_rate = drop_rate
         self.num_features = self.head_hidden_size = cfg.channels[-1]
         rates = drop_path_rates(cfg)
-        self.stem = HRStem(in_chans, cfg.stem_width, cfg.channels[0])
-        self.stages = nn.ModuleList([Stage(cfg, index, rates[index]) for index in range(5)])
+        self.stem = STEMS[cfg.stem](in_chans, cfg.stem_width, cfg.channels[0], cfg.norms[0])
+        self.stages = nn.ModuleList([Stage(cfg, index, rates[index]) for index in range(len(rates))])
         self.feature_info, stride = [], 4
         for index, channels in enumerate(cfg.channels):
             stride *= cfg.down_strides[index - 1] if index else 1
@@ -288,7 +294,7 @@ class HiriViT(Backbone):
 
     @staticmethod
     def num_maps(cfg: HiriViTConfig) -> int:
-        return 5
+        return len(cfg.channels)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the map, then the two-layer head: (B, C_5, h, w) -> (B, num_classes)."""
@@ -334,7 +340,7 @@ class HiriViT(Backbone):
 def drop_path_rates(cfg: HiriViTConfig) -> list[list[float]]:
     """Stochastic depth per stage and block, linear from 0 to the configured rate over all blocks."""
     step = cfg.drop_path_rate / max(sum(cfg.depths) - 1, 1)
-    starts = [sum(cfg.depths[:index]) for index in range(5)]
+    starts = [sum(cfg.depths[:index]) for index in range(len(cfg.depths))]
     return [[step * (start + j) for j in range(depth)] for start, depth in zip(starts, cfg.depths, strict=True)]
 
 
@@ -366,6 +372,20 @@ VARIANTS = {
         stem_width=64,
         drop_path_rate=0.3,
     ),
+    "m_vit": HiriViTConfig(
+        channels=(64, 128, 320, 512),
+        depths=(1, 2, 9, 4),
+        mlp_ratios=(4, 6, 5, 5),
+        blocks=("cffn", "cffn", "transformer", "transformer"),
+        reductions=(1, 1, 1, 1),
+        norms=("batch", "batch", "layer", "layer"),
+        stem="conv",
+        downsampling=("irds_b", "irds_b", "irds_b"),
+        down_strides=(2, 2, 2),
+        down_ratios=(6, 6, 6),
+        shortcut_kernels=(1, 1, 1),
+        img_size=224,
+    ),
     "test_hiri_vit": HiriViTConfig(
         channels=(8, 16, 16, 32, 32),
         depths=(1, 1, 1, 1, 1),
@@ -385,7 +405,7 @@ VARIANTS |= {
 default_cfgs = generate_default_cfgs(
     {
         name: pretrained_cfg(
-            first_conv="stem.trunk.0",
+            first_conv="stem.0.0" if cfg.stem == "conv" else "stem.trunk.0",
             classifier="head.fc2",
             input_size=(3, cfg.img_size, cfg.img_size),
             crop_pct=0.96,  # habit
@@ -433,6 +453,12 @@ def hiri_vit_base_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def hiri_vit_large_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """HIRI-ViT-L for 224 pixels, maps at strides 4, 8, 8, 16, 32: 16.9 GMACs (Table 2 says 17.0)."""
     return _create("hiri_vit_large_224", pretrained, **kwargs)
+
+
+@register_model
+def m_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """M-ViT, four stages at 224 pixels, from which the paper's ablation starts: 34.5 M, 4.7 GMACs (Table 7, row 6)."""
+    return _create("m_vit", pretrained, **kwargs)
 
 
 @register_model

@@ -6,6 +6,18 @@ beside its relative position bias, and one "block" of the first two stages is tw
 
 The first two stages only mix channels and merge neighbours inside each 16x16 patch, so a patch is one row of every
 tensor, (B, patches, positions inside the patch, channels): masked image modeling simply leaves rows out.
+
+The paper's ablations are fields of `hivit_base`. Table 2, the path from ViT-B to Swin-B, whose row (c) is HiViT-B:
+
+- (o) ``hierarchical=False, patch_norm=False, depths=(0, 0, 12), embed_dim=768, num_heads=12``, and
+  ``relative_position_bias=False``
+- (a) ``hierarchical=False, depths=(0, 0, 24), relative_position_bias=False``
+- (b) ``hierarchical=False, depths=(0, 0, 24)``
+- (c') ``low_attention=True, absolute_position=False``
+- (d) ``low_attention=True, mid_attention=True, depths=(2, 2, 18), last_depth=2, num_heads=16, absolute_position=False``
+
+(c') and (d) mix windows of tokens in the first two stages, which rows of patches do not allow: `zoo.hivit_windows` has
+them. Table 9, the depths of the shallow stages, is `depths`, from ``(0, 0, 24)`` to ``(4, 4, 16)``.
 """
 
 import math
@@ -48,6 +60,11 @@ class HiViTConfig:
     relative_position_bias: bool = True  # a bias table in every main block (Table 2, row b)
     absolute_position: bool = True  # a learned embedding added at the main stage
     published_taps: bool = False  # dense maps where the published segmentation code takes them (strides 4 to 32)
+    hierarchical: bool = True  # patches of 4 pixels and two shallow stages; else 16 and none (Table 2, rows o to b)
+    patch_norm: bool = True  # a LayerNorm after the patch embedding (Table 2, row o has none)
+    low_attention: bool = False  # shifted windows of 7 in the first two stages (Table 2, rows c' and d)
+    mid_attention: bool = False  # the same in the third (Table 2, row d)
+    last_depth: int = 0  # blocks of a fourth stage (stride 32, twice the channels), in such windows (Table 2, row d)
 
     def __post_init__(self):
         check_fields(self)
@@ -64,6 +81,26 @@ class HiViTConfig:
             raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
         if self.published_taps and not 1 <= self.depths[0] <= self.depths[1]:
             raise ZooError(f"published_taps=True needs 1 <= depths[0] <= depths[1], not depths={self.depths}")
+        self._check_ablations()
+
+    def _check_ablations(self) -> None:
+        """Refuse combinations of Table 2's fields that make no network."""
+        if not self.hierarchical and (self.low_attention or self.depths[:2] != (0, 0)):
+            raise ZooError(
+                f"hierarchical=False has no first two stages: depths={self.depths} must be (0, 0, n), and "
+                f"low_attention={self.low_attention} must be False"
+            )
+        if self.last_depth < 0:
+            raise ZooError(f"last_depth={self.last_depth} must be 0 (no fourth stage) or more")
+        if not self.low_attention:
+            if self.mid_attention or self.last_depth:
+                raise ZooError("mid_attention and last_depth need low_attention=True: rows of patches have no windows")
+        elif self.published_taps or not self.relative_position_bias:
+            raise ZooError("low_attention=True needs relative_position_bias=True and published_taps=False")
+        elif self.num_heads % 4:
+            raise ZooError(
+                f"low_attention=True: num_heads={self.num_heads} must be a multiple of 4, a quarter at first"
+            )
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -74,23 +111,28 @@ class PatchEmbed(nn.Module):
     """4x4 pixels -> one vector, as a matrix product on patches that are already cut out of the image.
 
     The 16 positions of a 16x16 patch are ordered so that both merges join neighbours in memory: by the (column, row) of
-    its 8x8 quarter, then by the (column, row) inside the quarter.
+    its 8x8 quarter, then by the (column, row) inside the quarter. With `side` 16 the patch is one position.
     """
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, side: int = 4, norm: bool = True):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4)
-        self.norm = layer_norm(dim)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=side, stride=side)
+        self.norm = layer_norm(dim) if norm else nn.Identity()
+        self.positions = (PATCH // side) ** 2
 
-    @staticmethod
-    def cut(images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> a view (B, H/16, W/16, 2, 2, 2, 2, 3, 4, 4) of their patches; no copy."""
+    def cut(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> a view (B, H/16, W/16, 2, 2, 2, 2, 3, 4, 4) of their patches; no copy.
+
+        Of one position: (B, H/16, W/16, 3, 16, 16).
+        """
         b, c, h, w = images.shape
+        if self.positions == 1:
+            return images.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
         pixels = images.reshape(b, c, h // PATCH, 2, 2, 4, w // PATCH, 2, 2, 4)
         return pixels.permute(0, 2, 6, 7, 3, 8, 4, 1, 5, 9)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Cut patches (B, patches, 16, 3 * 4 * 4) -> (B, patches, 16, dim)."""
+        """Cut patches (B, patches, 16, 3 * 4 * 4) -> (B, patches, 16, dim); of one position likewise."""
         return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
 
 
@@ -176,12 +218,13 @@ class HiViT(Backbone):
         self.table_grid: Grid = tuple(-(-side // PATCH) for side in check_size(cfg.img_size))
         self.position_grid = DENSE_POSITION_GRID if self.dense else self.table_grid
 
-        shallow = 2 * cfg.depths[0], 2 * cfg.depths[1]  # MLP units
-        self.main_start = sum(shallow) + 2
+        shallow = (2 * cfg.depths[0], 2 * cfg.depths[1]) if cfg.hierarchical else ()  # MLP units
+        self.main_start = sum(shallow) + len(shallow)
         rates = drop_path_rates(cfg)
-        self.patch_embed = PatchEmbed(in_chans, dim // 4)
+        side = 4 if cfg.hierarchical else PATCH
+        self.patch_embed = PatchEmbed(in_chans, dim * side // PATCH, side, cfg.patch_norm)
         blocks: list[nn.Module] = []
-        for width, units in zip((dim // 4, dim // 2), shallow, strict=True):
+        for width, units in zip((dim // 4, dim // 2), shallow, strict=False):
             blocks += [MlpUnit(width, cfg.shallow_mlp_ratio, next(rates)) for _ in range(units)]
             blocks += [PatchMerge(width)]
         for _ in range(cfg.depths[2]):
@@ -194,17 +237,18 @@ class HiViT(Backbone):
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, math.prod(self.position_grid), dim))
 
         last = len(blocks) - 1
-        self.stage_ends = shallow[0] - 1, self.main_start - 2, last  # -1: the patch embedding
-        taps = self.stage_ends
+        self.stage_ends = (shallow[0] - 1, self.main_start - 2, last) if cfg.hierarchical else (last,)
+        taps = self.stage_ends  # -1: the patch embedding
         if cfg.published_taps:
             # The published segmentation code counts one unit per block where there are two: its first map leaves out
             # the stage's later half, and its second is taken before the second stage has begun. Its checkpoints were
             # trained so. The fourth map is the third, max-pooled.
             taps = cfg.depths[0] - 1, cfg.depths[0] + cfg.depths[1], last, last
         self.taps = taps
+        shapes = ((dim // 4, 4), (dim // 2, 8), (dim, 16), (dim, 32)) if cfg.hierarchical else ((dim, PATCH),)
         self.feature_info = [
             {"num_chs": channels, "reduction": stride, "module": f"blocks.{tap}" if tap >= 0 else "patch_embed"}
-            for channels, stride, tap in zip((dim // 4, dim // 2, dim, dim), (4, 8, 16, 32), taps, strict=False)
+            for (channels, stride), tap in zip(shapes, taps, strict=False)
         ]
 
         self.fc_norm = layer_norm(dim)
@@ -220,7 +264,7 @@ class HiViT(Backbone):
 
     @staticmethod
     def num_maps(cfg: HiViTConfig) -> int:
-        return 4 if cfg.published_taps else 3
+        return 1 if not cfg.hierarchical else 4 if cfg.published_taps else 3
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the tokens, LayerNorm, Linear: (B, C, h, w) -> (B, num_classes)."""
@@ -240,7 +284,7 @@ class HiViT(Backbone):
             images = F.pad(images, (0, -width % PATCH, 0, -height % PATCH))
         patches = self.patch_embed.cut(images)
         grid = tuple(patches.shape[1:3])
-        patches = patches.reshape(patches.shape[0], grid[0] * grid[1], PATCH, -1)
+        patches = patches.reshape(patches.shape[0], grid[0] * grid[1], self.patch_embed.positions, -1)
         maps: dict[int, Tensor] = {}
         for index, x in self.run_blocks(self.patch_embed(patches), self.position(grid), grid, last):
             if index in taps or index == last:
@@ -252,7 +296,8 @@ class HiViT(Backbone):
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (index, output) of the embedding (-1) and of each block up to `last`.
 
-        `x` is (B, patches, 16, C/4); the main stage's outputs are (B, patches, C). `position` is added where it starts.
+        `x` is (B, patches, 16, C/4), or (B, patches, 1, C) without shallow stages; the main stage's outputs are
+        (B, patches, C). `position` is added where it starts.
         Patches may be any subset of the image's when the model has no relative bias (then `grid` is None).
         """
         yield -1, x
@@ -411,6 +456,8 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     model_cls = DenseHiViT if kwargs.get("features_only") else HiViT
+    if kwargs.get("low_attention"):  # another layout of the tokens
+        from zoo.hivit_windows import WindowHiViT as model_cls
     return build(model_cls, variant, VARIANTS[variant], pretrained, **kwargs)
 
 

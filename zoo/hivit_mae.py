@@ -29,6 +29,8 @@ class HiViTMAEConfig(HiViTConfig):
     decoder_heads: int = 16  # attention heads of the decoder
 
     def __post_init__(self):
+        if self.low_attention or not self.hierarchical:
+            raise ZooError("a masked autoencoder needs hierarchical=True and low_attention=False: it sees all stages")
         super().__post_init__()
         patches = (check_size(self.img_size)[0] // PATCH) * (check_size(self.img_size)[1] // PATCH)
         if any(side % PATCH for side in check_size(self.img_size)):

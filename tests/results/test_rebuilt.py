@@ -323,3 +323,24 @@ def test_scores_of_several_scales_have_a_column_of_their_own(record):
     assert alone["miou"].measured.value == 57.0
     assert alone["miou_ms"].measured.value is None
     assert "mIoU_ms was not measured" in alone["miou_ms"].measured.reason
+
+
+def test_a_distilled_training_is_not_that_of_the_row_without(record):
+    """HIRI-ViT's Table 7 has one network twice, trained without EMA distillation (row 10) and with it (row 11)."""
+
+    def evaluated(top1, **recipe):
+        job = {"model": "hiri_vit_small", "num_classes": 1000, "recipe": recipe}
+        common = {"data": "imagenet1k@1", "input_size": [448, 448], "job": job, "key": f"evaluation-{top1}"}
+        return record("evaluate", "classification", "hiri_vit_small", metrics={"top1": top1}, **common)
+
+    found = rebuilt(papers.load(), [evaluated(84.2, distillation_alpha=0.5), evaluated(84.25)])
+    scores = {row: found["hiri_vit", "7"][row].cells["top1"].measured.value for row in (9, 10, 11)}
+    assert scores == {9: None, 10: 84.25, 11: 84.2}  # row 9 is another network
+    assert found["hiri_vit", "8"][4].cells["top1"].measured.value == 84.2
+
+
+def test_names_in_a_configuration_are_shown_without_quotes():
+    tables = {(table.paper, table.table): table for table in rebuild(papers.load(), [])}
+    models = [row[1] for row in paper_tables.display(tables["hiri_vit", "7"]).cells]
+    assert models[3] == "m_vit (downsampling=3 x conv, stem=vit)"
+    assert models[8] == "hiri_vit_small (blocks=[cffn, cffn, cffn, transformer, transformer], depths=[1, 1, 2, 9, 4])"
