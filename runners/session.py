@@ -20,9 +20,10 @@ from results.rows import METRIC
 from runners.config import Config
 from runners.config import Executor as ExecutorName
 from runners.execute import Workplace, make_record, weights_are_there
-from runners.executors import Executor, Inline, Processes, Ray, workers
+from runners.executors import Executor, Inline, Processes, workers
 from runners.machine import free_gib
 from runners.plan import check_models, make_jobs, stages_of
+from runners.ray_executor import Ray
 
 COMPLETE, INCOMPLETE = 0, 2
 LEAST_COUNTS = 15  # jobs that are worth the start of another process

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.job import Job, Recipe, SpeedSettings
 from results.ledger import Ledger
 from results.record import Record
-from runners import executors
+from runners import executors, ray_executor
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
 
@@ -36,9 +36,9 @@ def workplace(tmp_path) -> Workplace:
     return Workplace(output=tmp_path / "output", data_root=tmp_path / "data", command="test")
 
 
-def ray(workplace: Workplace) -> executors.Ray:
+def ray(workplace: Workplace) -> ray_executor.Ray:
     needs = {"cpus": 1, "alone": False, "seconds": 1.0}
-    return executors.Ray(workplace, {}, Cluster.local, lambda job: needs, free_gib=1.5)
+    return ray_executor.Ray(workplace, {}, Cluster.local, lambda job: needs, free_gib=1.5)
 
 
 def test_what_depends_on_a_failure_is_not_run():
@@ -66,8 +66,8 @@ def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
     def die(job, workplace):
         os._exit(1)
 
-    monkeypatch.setattr(executors, "run_job", die)
-    monkeypatch.setattr(executors, "RETRIES", 1)
+    monkeypatch.setattr(ray_executor, "run_job", die)
+    monkeypatch.setattr(ray_executor, "RETRIES", 1)
     done = []
     ray(workplace).run([job()], lambda record, messages: done.append(record))
     assert [record.status for record in done] == ["failed"]
@@ -79,7 +79,7 @@ def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
     def fill(job, workplace):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/record.json")
 
-    monkeypatch.setattr(executors, "run_job", fill)
+    monkeypatch.setattr(ray_executor, "run_job", fill)
     with pytest.raises(OSError, match="No space left") as error:
         ray(workplace).run([job()], lambda record, messages: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
