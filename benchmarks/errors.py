@@ -35,6 +35,10 @@ class Damaged(Blocked):
         super().__init__(reason.rpartition(f"{type(self).__name__}: ")[2].strip(), **where)
 
 
+class WorkerLost(RuntimeError):
+    """A process that was at a job is gone: killed, out of memory, or its machine is. Elsewhere the job may go on."""
+
+
 def _rebuild_blocked(reason: str, looked_in: str, how_to_get: str) -> Blocked:
     return Blocked(reason, looked_in=looked_in, how_to_get=how_to_get)
 

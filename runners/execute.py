@@ -1,4 +1,4 @@
-"""One job, from its lock to its record. Both executors call `run_job`; it never raises for what a job does."""
+"""One job, from its lock to its record. All executors call `run_job`; it never raises for what a job does."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from benchmarks.errors import Blocked, InputError
+from benchmarks.errors import Blocked, InputError, WorkerLost
 from benchmarks.job import TRAININGS, Job
 from results.files import write_atomic
 from results.ledger import Ledger
 from results.record import Record
 from runners.provenance import provenance
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Launch
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,23 @@ class Workplace:
         return self.output / "progress" / f"{key}.json"
 
 
-def run_job(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
+def run_job(job: Job, workplace: Workplace, launch: Launch | None = None) -> tuple[Record, list[str]]:
     """Runs a job that the ledger does not have yet, and writes its record.
 
     A lock per job lets two runs of one suite share an output folder: the second waits, then finds the first one's
     record. The lock is the operating system's and ends with the process, however that ends.
 
+    Args:
+        job: What to do.
+        workplace: Where to read and write.
+        launch: Starts the processes of a group; None: on this machine.
+
     Returns:
         The record, and one line for each thing that the user should know (damaged files and the like).
+
+    Raises:
+        WorkerLost: a process of the job's group died; there is no record, and the job may be begun again.
+        OSError: the output folder cannot be written.
     """
     messages: list[str] = []
     ledger = Ledger(workplace.ledger, messages.append)
@@ -67,7 +79,7 @@ def run_job(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
             record = None
         if record is None or not record.done:
             tell({"fraction": 0.0, "text": "starting"}, force=True)
-            record = _measure(job, workplace, ledger, messages, tell)
+            record = _measure(job, workplace, ledger, messages, tell, launch)
             ledger.put(record)
         return record, messages
     finally:
@@ -75,7 +87,9 @@ def run_job(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
         lock.release()
 
 
-def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str], tell: _Progress) -> Record:
+def _measure(
+    job: Job, workplace: Workplace, ledger: Ledger, messages: list[str], tell: _Progress, launch: Launch | None
+) -> Record:
     from benchmarks.engine import Context
     from benchmarks.measure import measure
 
@@ -85,8 +99,12 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
     trained = ledger.get(job.depends_on[0]) if job.depends_on else None
     with _into(log):
         try:
-            outcome = measure(job, context, {} if trained is None else trained.artifacts)
+            artifacts = {} if trained is None else trained.artifacts
+            outcome = measure(job, context, artifacts, **({} if launch is None else {"launch": launch}))
             status, reason = "done", None
+        except WorkerLost:
+            traceback.print_exc()
+            raise
         except Exception as error:
             traceback.print_exc()
             outcome = None

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from typing import Protocol
 
+from benchmarks.errors import WorkerLost
 from benchmarks.job import Job
+from results.ledger import Ledger
 from results.record import Record
 from runners.execute import Workplace, make_record, run_job
 from runners.machine import usable_cpus
 
+RETRIES = 3  # of a job whose worker died; errors of the job itself are not retried
 GIB_PER_WORKER = 1.5  # what a training of the demo's size takes, libraries included
 
 Done = Callable[[Record, Sequence[str]], None]
@@ -82,9 +85,22 @@ class Inline:
             # What has just become possible goes first: a trained model is evaluated before the next is trained.
             job = next((job for job in ready if job.depends_on), ready[0])
             del queue.waiting[job.key]
-            record, messages = run_job(job, self.workplace)
+            record, messages = self._run(job)
             queue.records[job.key] = record
             done(record, messages)
+
+    def _run(self, job: Job) -> tuple[Record, list[str]]:
+        for deaths in range(RETRIES + 1):
+            try:
+                return run_job(job, self.workplace)
+            except WorkerLost as error:
+                lost = worker_died(job, deaths + 1, error)
+        return Ledger(self.workplace.ledger).put(lost), []
+
+
+def worker_died(job: Job, times: int, error: WorkerLost) -> Record:
+    """The record of a job that is given up."""
+    return make_record(job, "failed", f"its worker died {times} times ({error})")
 
 
 class Processes:
