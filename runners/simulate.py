@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -21,8 +21,8 @@ from runners.plan import make_jobs
 from runners.plan_table import duration
 
 
-def jobs_of(suites: Sequence[str], processes: int | None = None) -> list[Job]:
-    """The jobs of several suites; trainings and evaluations in groups of `processes`, or as their recipes say."""
+def jobs_of(suites: Sequence[str]) -> list[Job]:
+    """The jobs of several suites."""
     from runners.run import CONF
 
     register()
@@ -30,19 +30,19 @@ def jobs_of(suites: Sequence[str], processes: int | None = None) -> list[Job]:
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         for suite in suites:
             jobs |= {job.key: job for job in make_jobs(OmegaConf.to_object(compose("config", [f"suite={suite}"])))}
-    if processes is None:
-        return list(jobs.values())
-    return [_in_processes(job, processes) if job.recipe else job for job in jobs.values()]
+    return list(jobs.values())
 
 
-def _in_processes(job: Job, processes: int) -> Job:
+def in_processes(job: Job, processes: int | None) -> Job:
+    """`job` in a group of so many, where it is a training or an evaluation; None: as its recipe says."""
+    if processes is None or job.recipe is None:
+        return job
     engine = dataclasses.replace(job.recipe.engine, processes=processes)
     return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, engine=engine))
 
 
-def simulate_jobs(jobs: Sequence[Job], nodes: Sequence[Node]) -> Timeline:
-    """The jobs on `nodes`, with MACs that are published or else counted now."""
-    macs = count_macs(jobs, known_macs([]))
+def simulate_jobs(jobs: Sequence[Job], macs: Mapping[str, float], nodes: Sequence[Node]) -> Timeline:
+    """The jobs on `nodes`; `macs` as runners.estimate has them."""
     return simulate(
         {job.key: needs(job, macs, nodes) for job in jobs}, {job.key: job.depends_on for job in jobs}, nodes
     )
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, help="of each training, a GPU each; without: as the recipes say")
     settings = parser.parse_args(arguments)
     nodes = [Node(f"node {number}", settings.cpus, settings.gpus) for number in range(settings.nodes)]
-    jobs = jobs_of(settings.suites, settings.processes)
-    found = simulate_jobs(jobs, nodes)
+    jobs = [in_processes(job, settings.processes) for job in jobs_of(settings.suites)]
+    found = simulate_jobs(jobs, count_macs(jobs, known_macs([])), nodes)
     print(
         f"{len(found.spans)} of {len(jobs)} jobs on {len(nodes)} nodes with {settings.gpus} GPUs each: "
         f"{duration(found.makespan)}; lower bound {duration(found.lower_bound)}; "

@@ -37,8 +37,7 @@ def workplace(tmp_path) -> Workplace:
 
 
 def ray(workplace: Workplace) -> ray_executor.Ray:
-    needs = {"cpus": 1, "alone": False, "seconds": 1.0}
-    return ray_executor.Ray(workplace, {}, Cluster.local, lambda job: needs, free_gib=1.5)
+    return ray_executor.Ray(workplace, {}, Cluster.local, {}, slots=1)
 
 
 def test_what_depends_on_a_failure_is_not_run():
