@@ -169,7 +169,7 @@ class Session:
         return sum(node.gpus for node in self.nodes) or sum(node.cpus for node in self.nodes)
 
     def _macs(self) -> dict[str, float]:
-        ledger = Ledger(self.workplace.ledger)
+        ledger = Ledger(self.workplace.ledger, self._tell)
         return known_macs(ledger.records({counted_as(job) for job in self.jobs}))
 
     def _needs(self, jobs: Sequence[Job], macs: Mapping[str, float] | None = None) -> dict[str, Needs]:

@@ -69,9 +69,15 @@ def that_notes_its_time():
         import ray
 
         began = time.time()
-        time.sleep(0.5)
         context = ray.get_runtime_context()
         device = [context.get_node_id(), context.get_accelerator_ids()["GPU"]]
+        if job.stage == "train" and job.recipe.engine.gpu_fraction < 1:  # it waits for the other one on its device
+            workplace.output.mkdir(exist_ok=True)
+            met = "-".join([device[0], *device[1]])
+            (workplace.output / f"{met}-{job.key}").touch()
+            while len(list(workplace.output.glob(f"{met}-*"))) < 2 and time.time() < began + 120:
+                time.sleep(0.05)
+        time.sleep(0.5)
         record = Record(
             key=job.key,
             status="done",
@@ -94,7 +100,7 @@ def overlap(one: Record, other: Record) -> bool:
 def test_no_two_timings_share_a_device_and_small_trainings_do(two_nodes, monkeypatch):
     monkeypatch.setattr(ray_executor, "run_job", that_notes_its_time())
     timed = [small(n, "speed", speed=SpeedSettings(device="cuda", gpu_type="H100")) for n in range(3)]
-    shares = [small(n, recipe=Recipe(engine=Engine(gpu_fraction=0.5))) for n in range(4)]
+    shares = [small(n, recipe=Recipe(engine=Engine(gpu_fraction=0.5))) for n in range(2)]
     found = two_nodes([*shares, *timed])
     speeds, trainings = ([found[each.key] for each in jobs] for jobs in (timed, shares))
     assert len({record.details["device"][0] for record in speeds}) == 1  # the node with that type
@@ -103,8 +109,9 @@ def test_no_two_timings_share_a_device_and_small_trainings_do(two_nodes, monkeyp
         for other in found.values():
             if other is not record and other.details["device"] == record.details["device"]:
                 assert not overlap(record, other)
-    together = [(a, b) for a in trainings for b in trainings if a is not b and overlap(a, b)]
-    assert any(a.details["device"] == b.details["device"] for a, b in together)
+    one, two = trainings
+    assert one.details["device"] == two.details["device"]
+    assert overlap(one, two)
 
 
 def test_groups_that_each_need_three_of_four_gpus_wait_for_each_other(two_nodes, monkeypatch):
@@ -116,7 +123,7 @@ def test_groups_that_each_need_three_of_four_gpus_wait_for_each_other(two_nodes,
 
 def test_a_group_on_two_nodes_trains_as_one_process_does(two_nodes, tmp_path):
     """And says how far it is, wherever its first process is."""
-    three = with_engine(job("classification"), Engine(processes=3), **SENSITIVE, iterations=30, batch_size=6)
+    three = with_engine(job("classification"), Engine(processes=3), **SENSITIVE, iterations=8, batch_size=6)
     seen: set[str] = set()
     ended = threading.Event()
 
@@ -135,7 +142,7 @@ def test_a_group_on_two_nodes_trains_as_one_process_does(two_nodes, tmp_path):
     assert any('"text": "loss ' in state for state in seen)
     output = two_nodes.workplace.output
     expected = trained(with_engine(three, Engine()), tmp_path / "one", tmp_path / "data")
-    assert_the_same((curve(output), load_file(output / record.artifacts["weights"])), expected)
+    assert_the_same((curve(output), load_file(output / record.artifacts["weights"]), None), expected)
 
 
 def comparable(output: Path) -> dict[str, dict]:
@@ -143,6 +150,8 @@ def comparable(output: Path) -> dict[str, dict]:
     found = {}
     for record in Ledger(output / "ledger").records():
         plain = record.to_dict() | {"provenance": None}
+        if "curves" in record.artifacts:
+            plain["artifacts"] = record.artifacts | {"curves": None}  # a folder that is called after the time
         if record.stage == "speed":
             plain |= {"metrics": sorted(record.metrics), "samples": sorted(record.samples), "notes": None}
             plain["details"] = {name: value for name, value in record.details.items() if name != "foreign_load"}
@@ -193,20 +202,21 @@ GROUP = ["suite.benchmarks.classification.recipe.batch_size=10", "suite.benchmar
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("plan", "overrides", "said"),
     [
         (
+            True,
             ["suite.speed.device=cuda", "suite.speed.gpu_type=H200", "stages=[speed]"],
             "speed test_mit (classification) needs a GPU of the type H200, and the cluster has 4 (H100)",
         ),
         (
+            False,
             ["suite.benchmarks.classification.recipe.engine.processes=5", *GROUP, "stages=[train]"],
             "train test_mit (classification) needs 5 GPUs, and the cluster has 4 (H100)",
         ),
     ],
 )
-@pytest.mark.parametrize("plan", [True, False])
-def test_gpus_that_the_cluster_has_not(overrides, said, plan, address, monkeypatch, command_line, capsys):
+def test_gpus_that_the_cluster_has_not(plan, overrides, said, address, monkeypatch, command_line, capsys):
     """One line before anything runs, rather than a run that waits for ever."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # put back afterwards: `main` sets it

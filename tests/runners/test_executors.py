@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 
+from benchmarks.errors import WorkerLost
 from benchmarks.job import Job, Recipe, SpeedSettings
 from results.ledger import Ledger
 from results.record import Record
@@ -83,6 +84,25 @@ def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
         ray(workplace).run([job()], lambda record, messages: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
     assert type(error.value) is OSError
+
+
+def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monkeypatch):
+    """In this process, too; one that loses one once is none."""
+    lost = []
+
+    def lose(job, workplace):
+        lost.append(job.key)
+        if job.seed == 0 or len(lost) == 1:
+            raise WorkerLost("process 1 of its group died (signal 9)")
+        return make_record(job, "done", None), []
+
+    monkeypatch.setattr(executors, "run_job", lose)
+    done = []
+    executors.Inline(workplace, {}).run([job(seed=1)], lambda record, messages: done.append(record))
+    assert (done[0].status, len(lost)) == ("done", 2)
+    executors.Inline(workplace, {}).run([job()], lambda record, messages: done.append(record))
+    assert done[1].reason == "its worker died 4 times (process 1 of its group died (signal 9))"
+    assert Ledger(workplace.ledger).get(job().key) == done[1]
 
 
 def counts(sizes) -> list[Job]:
