@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ray.cluster_utils import Cluster as RayCluster
@@ -13,7 +15,9 @@ from safetensors.torch import load_file
 from tests_support import MINIATURE, configuration
 from training_support import SENSITIVE, assert_the_same, curve, job, trained, with_engine
 
+from benchmarks.engine import Context
 from benchmarks.job import Engine, Job, Recipe, SpeedSettings
+from benchmarks.measure import measure
 from results.ledger import Ledger
 from results.record import Record
 from runners import ray_executor, ray_group, run
@@ -143,6 +147,37 @@ def test_a_group_on_two_nodes_trains_as_one_process_does(two_nodes, tmp_path):
     output = two_nodes.workplace.output
     expected = trained(with_engine(three, Engine()), tmp_path / "one", tmp_path / "data")
     assert_the_same((curve(output), load_file(output / record.artifacts["weights"]), None), expected)
+
+
+@pytest.mark.long
+def test_a_group_on_two_nodes_goes_on_after_the_death_of_a_process(two_nodes, tmp_path):
+    """Of any: it ends with the bits of a group that nobody disturbed."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # shown by pytest when the test fails
+    dice = random.Random(seed)
+    engine = Engine(processes=3)
+    three = with_engine(job("classification"), engine, **SENSITIVE, iterations=60, batch_size=6, checkpoint_every=1)
+    killed = []
+
+    def kill() -> None:
+        while not list(two_nodes.workplace.output.rglob("iter_*.pth")):
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0, 1))
+        workers = psutil.Process().children(recursive=True)
+        victim = dice.choice([each for each in workers if "spawn_main" in " ".join(each.cmdline())])
+        victim.kill()
+        killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    (record,) = two_nodes([three]).values()
+    killer.join()
+    assert killed
+    assert record.status == "done", record.reason
+    assert record.details["resumed_from"]
+    alone = measure(three, Context(tmp_path / "alone", tmp_path / "data"))
+    assert record.details["weights_sha256"] == alone.details["weights_sha256"]
+    assert record.metrics == alone.metrics
 
 
 def comparable(output: Path) -> dict[str, dict]:
