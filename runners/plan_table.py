@@ -15,6 +15,7 @@ from runners.placement import Needs, Node, simulate
 def plan_table(jobs: Sequence[Job], missing: set[str], macs: Mapping[str, float], nodes: Sequence[Node]) -> Table:
     """The plan of `jobs`, of which `missing` (keys) are still to do, on `nodes`. `macs` as `count_macs` has them."""
     asked = {job.key: needs(job, macs, nodes) for job in jobs}
+    several_seeds = len({job.seed for job in jobs if job.recipe}) > 1
     numbers = {job.key: number for number, job in enumerate(jobs, start=1)}
     table = Table(box=None, pad_edge=False)
     for heading, right in (
@@ -25,7 +26,7 @@ def plan_table(jobs: Sequence[Job], missing: set[str], macs: Mapping[str, float]
     for job in jobs:
         table.add_row(
             str(numbers[job.key]),
-            Text(job.title.removesuffix(f" ({job.task})")),  # a head, or none, tells it
+            Text(_name(job, several_seeds)),
             "x".join(map(str, job.input_size)),
             job.data or "",
             _what(job, asked[job.key]),
@@ -34,6 +35,12 @@ def plan_table(jobs: Sequence[Job], missing: set[str], macs: Mapping[str, float]
             "to do" if job.key in missing else "done",
         )
     return table
+
+
+def _name(job: Job, several_seeds: bool) -> str:
+    """The job's title without the task, which the head tells, or that there is none."""
+    seed = f", seed {job.seed}" if several_seeds and job.recipe else ""
+    return job.title.removesuffix(f" ({job.task})") + seed
 
 
 def _what(job: Job, asked: Needs) -> str:

@@ -125,6 +125,15 @@ def test_groups_that_each_need_three_of_four_gpus_wait_for_each_other(two_nodes,
     assert not overlap(one, two)
 
 
+def test_what_lost_nodes_alone_could_run_is_blocked_after_a_while(two_nodes, monkeypatch):
+    monkeypatch.setattr(ray_executor, "SECONDS_FOR_NODES", 0.0)
+    monkeypatch.setattr(ray_executor, "run_job", that_notes_its_time())
+    large = small(0, recipe=Recipe(batch_size=10, engine=Engine(processes=5)))
+    found = two_nodes([large, small(1, recipe=Recipe())])
+    assert sorted(record.status for record in found.values()) == ["blocked", "done"]
+    assert found[large.key].reason == "it needs 5 GPUs, and the cluster has 4 (H100): nodes were lost"
+
+
 def test_a_group_on_two_nodes_trains_as_one_process_does(two_nodes, tmp_path):
     """And says how far it is, wherever its first process is."""
     three = with_engine(job("classification"), Engine(processes=3), **SENSITIVE, iterations=8, batch_size=6)
