@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import save_file
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS = "weights.safetensors"  # of the last iteration
+BEST = "best.safetensors"  # of the iteration that scored highest on the validation images
 TEMPORARY = ".tmp"  # the lock of a job keeps two writers apart
 
 
@@ -61,8 +62,10 @@ def install() -> None:
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in `folder`; a damaged one is reported by name and set aside."""
-    found = sorted(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.removeprefix("iter_")), reverse=True)
-    for path in found:
+    numbered = {
+        int(number): path for path in folder.glob("iter_*.pth") if (number := path.stem.removeprefix("iter_")).isdigit()
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
         digest = _digest_file(path)
         if digest.is_file() and digest.read_text() == sha256(path):
             return path
@@ -72,9 +75,16 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | Non
     return None
 
 
+def check_finite(weights: Mapping[str, Any], when: str) -> None:
+    """Raises FloatingPointError if a weight is no number: nothing that was trained further would be one."""
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise FloatingPointError(f"{name} became infinite or NaN {when}; lower the learning rate")
+
+
 def discard(folder: Path) -> None:
-    """Removes all checkpoints of a finished training: hundreds of MB, and of no more use."""
-    for path in [*folder.glob("iter_*.pth"), *folder.glob("iter_*.sha256")]:
+    """Removes all checkpoints of a finished training, damaged ones too: hundreds of MB, and of no more use."""
+    for path in [found for suffix in ("pth", "sha256", "damaged") for found in folder.glob(f"iter_*.{suffix}")]:
         path.unlink()
 
 
@@ -84,11 +94,13 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink()
 
 
-def save_weights(model: torch.nn.Module, path: Path) -> str:
-    """Writes a model's state as safetensors, atomically; returns the file's SHA-256."""
+def save_weights(state: Mapping[str, torch.Tensor], path: Path, said: dict[str, str] | None = None) -> str:
+    """Writes a model's state as safetensors, atomically, with what is `said` of it; returns the file's SHA-256."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, temporary)
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary, said)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the checkpoints are discarded for it
         digest = sha256(temporary)
         os.replace(temporary, path)
     finally:

@@ -8,13 +8,14 @@ auto_augment, re_prob, ...), `Recipe.evaluation` those for evaluation (crop_pct,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.model import BaseDataPreprocessor, BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 import zoo
 from benchmarks import data
@@ -32,43 +33,47 @@ from benchmarks.draws import seeded
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError
 from benchmarks.job import Job, Recipe
+from benchmarks.validation import Validation, evaluated
+
+MIXING = 2**31  # tells the random numbers of a step's mixing from all others of the step (benchmarks.engine.JobHook)
 
 
 class Mixing(BaseDataPreprocessor):
     """Mixes the images and labels of a training batch on their device, with timm's Mixup.
 
-    timm draws from NumPy's generator. It is seeded with the number that came with the batch's first image, so that a
-    step is mixed alike however often the training was interrupted. A batch spread over several processes is mixed
-    within each, as timm does.
+    timm draws from NumPy's generator. It is seeded with the training's seed and the step, so that a step is mixed alike
+    however often the training was interrupted and, with one share for the whole batch (timm's mode "batch"), in
+    however many forwards and processes it is done: `benchmarks.draws.StepSampler` keeps the pairs together.
     """
 
-    def __init__(self, mixup: Mixup, with_mask: bool):
+    def __init__(self, mixup: Mixup, with_mask: bool, seed: int = 0):
         super().__init__()
         self.mixup = mixup
         self.with_mask = with_mask
+        self.seed = seed
 
     def forward(self, data: Sequence[Tensor], training: bool = False) -> Sequence[Tensor]:
-        """(images, labels, numbers) -> (mixed images, mixed labels) and, for distillation, images and mask.
+        """(images, labels) -> (mixed images, mixed labels) and, for distillation, images and mask.
 
         The mask (B, 1, H, W) is what each image keeps of itself. Evaluation batches are left as they are.
 
         Raises:
             InputError: an odd number of images, which cannot be paired.
         """
+        images, labels = data = super().forward(data, training)
         if not training:
-            return super().forward(data, training)
-        number = int(data[2][0])
-        images, labels = super().forward(list(data[:2]), training)
+            return data
+        step = MessageHub.get_current_instance().get_info("iter", 0)  # mmengine's RuntimeInfoHook keeps it
         if len(images) % 2:
             raise InputError(f"recipe.mixup pairs the images of a batch, but one has {len(images)}; make it even")
-        with seeded(number):
+        with seeded(self.seed, step, MIXING):
             mixed, targets = self.mixup(images.clone(), labels)
         if not self.with_mask:
             return [mixed, targets]
         # The same draws show the mask on images that are 1 in the first half of the batch and 0 in their partners.
         first = torch.zeros_like(images[:, :1])
         first[: len(images) // 2] = 1
-        with seeded(number):
+        with seeded(self.seed, step, MIXING):
             blend, _ = self.mixup(first.clone(), labels)
         return [mixed, targets, images, 1 - (blend - first).abs()]
 
@@ -80,8 +85,8 @@ class Classifier(BaseModel):
     is part of the model, and with it of every checkpoint; it is what scores.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe):
-        super().__init__(_mixing(network, recipe))
+    def __init__(self, network: nn.Module, recipe: Recipe, seed: int = 0):
+        super().__init__(_mixing(network, recipe, seed))
         self._is_init = True  # mmengine would initialise timm's networks anew
         self.recipe = recipe
         if recipe.linear_probe:
@@ -113,7 +118,8 @@ class Classifier(BaseModel):
             if unmixed is not None:
                 maps = probability_maps(self.ema.module, unmixed)
                 labels = distilled_targets(maps, mask, labels, self.recipe.distillation_alpha)
-            return {"loss": self.criterion(self.network(inputs), labels)}
+            # In float32 on any device: autocast leaves losses in bfloat16 on CPUs.
+            return {"loss": self.criterion(self.network(inputs).float(), labels)}
         logits = (self.network if self.ema is None else self.ema.module)(inputs)
         if mode == "predict":
             return [{"scores": row, "label": int(label)} for row, label in zip(logits, labels, strict=True)]
@@ -123,15 +129,9 @@ class Classifier(BaseModel):
 class Averaging(Hook):
     """Moves the average of the weights after each step of the optimizer."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if not runner.optim_wrapper.should_update():  # gradients are still being accumulated
-            return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        step = (batch_idx + 1) * self.recipe.iterations // runner.max_iters
-        model.ema.update(model.network, step=step)
+        model.ema.update(model.network, step=batch_idx + 1)
 
 
 class TopK(BaseMetric):
@@ -164,22 +164,19 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
     dataset = build_dataset(job, root, training=True)
-    if job.recipe.mixup:
-        dataset = WithNumber(dataset)
     loaded: list[str] = []
 
     def build() -> Classifier:
         network = build_model(job)
         if initial is not None:
             loaded.append(start_from(network, initial))
-        return Classifier(network, job.recipe)
+        return Classifier(network, job.recipe, job.seed)
 
-    hooks = [Averaging(job.recipe)] if job.recipe.ema else []
-    outcome = train(job, context, build, dataset, default_collate, hooks)
+    hooks = [Averaging()] if job.recipe.ema else []
+    looks = validation(job, root) if job.recipe.validate_every else None
+    outcome = train(job, context, build, dataset, default_collate, hooks, looks)
     if initial is not None:
-        outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": loaded[0]}
-        what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]
-        outcome.notes.append(f"started from the weights of the {what} {job.starts_from['label']}")
+        tell_start(outcome, job, context, initial, loaded[0])
     if job.recipe.linear_probe:
         outcome.notes.append("linear probe: the classifier alone was trained")
     return outcome
@@ -188,46 +185,48 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
 def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     """Top-1 and top-5 accuracy on the validation images, beside that of always naming the most frequent class."""
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    dataset = build_dataset(job, root, training=False)
-    model, batch_size = Classifier(build_model(job), job.recipe), job.recipe.batch_size
-    metrics = evaluate(job, context, model, weights, dataset, default_collate, batch_size, TopK())
-    frequencies = Counter(dataset.labels)
+    images = validation(job, root)
+    metrics = evaluate(job, context, Classifier(build_model(job), job.recipe), weights, images)
+    frequencies = Counter(images.dataset.labels)
     baseline = 100.0 * max(frequencies.values()) / frequencies.total()
-    evaluated = "the moving average of the weights" if job.recipe.ema else "the weights of the last iteration"
+    what, notes = evaluated(job, weights)
     return Outcome(
         metrics={**metrics, "baseline_top1": baseline},
-        details={"images": frequencies.total(), "evaluated": evaluated},
+        details={"images": frequencies.total(), "evaluated": what},
+        notes=notes,
     )
 
 
-def start_from(network: nn.Module, weights: Path) -> str:
+def validation(job: Job, root: Path) -> Validation:
+    """Top-1 and top-5 accuracy on the validation images below `root`."""
+    dataset = build_dataset(job, root, training=False)
+    return Validation(dataset, default_collate, job.recipe.images_per_forward, TopK(), score="top1")
+
+
+def start_from(network: nn.Module, weights: Path, fresh: Callable[[str], bool] | None = None) -> str:
     """Fills `network` with the finished weights of another training; returns in one line what was taken.
 
-    Averaged weights are taken before others, and the encoder of an autoencoder. The classifier, which an autoencoder
-    lacks and other classes do not fit, may keep its fresh weights.
+    Averaged weights are taken before others, and the encoder of an autoencoder. What `fresh` says of a name may keep
+    its fresh weights: by default the classifier, which an autoencoder lacks and other classes do not fit.
 
     Raises:
         InputError: another part of the network got no weights.
     """
     report = zoo.load_published(network, load_file(weights))
-    fresh = (network.pretrained_cfg["classifier"], "fc_norm")
-    lacking = [name for name in (*report.missing, *report.mismatched) if not name.startswith(fresh)]
+    if fresh is None:
+        names = (network.pretrained_cfg["classifier"], "fc_norm")
+        fresh = lambda name: name.startswith(names)  # noqa: E731
+    lacking = [name for name in (*report.missing, *report.mismatched) if not fresh(name)]
     if lacking:
         raise InputError(f"{weights} has no fitting weights for {', '.join(lacking[:3])}; start from the same model")
     return str(report)
 
 
-class WithNumber(Dataset):
-    """The items of `dataset`, each with a number for `Mixing`, drawn as the item's augmentation is."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return *self.dataset[index], int(torch.randint(2**62, ()))
+def tell_start(outcome: Outcome, job: Job, context: Context, initial: Path, report: str) -> None:
+    """Has the record say which weights the training started from; `report` is what was taken of them."""
+    outcome.details["started_from"] = {"weights": str(initial.relative_to(context.output)), "report": report}
+    what = {"pretrain": "pretraining", "train": "training"}[job.starts_from["stage"]]
+    outcome.notes.append(f"started from the weights of the {what} {job.starts_from['label']}")
 
 
 def build_dataset(job: Job, root: Path, training: bool) -> Images:
@@ -244,14 +243,14 @@ def build_transform(job: Job, training: bool) -> Any:
         raise InputError(f"recipe: timm's create_transform does not take these settings: {error}") from error
 
 
-def _mixing(network: nn.Module, recipe: Recipe) -> BaseDataPreprocessor | None:
+def _mixing(network: nn.Module, recipe: Recipe, seed: int) -> BaseDataPreprocessor | None:
     if not recipe.mixup:
         return None
     try:
         mixup = Mixup(num_classes=network.num_classes, label_smoothing=recipe.label_smoothing, **recipe.mixup)
     except TypeError as error:
         raise InputError(f"recipe.mixup: timm's Mixup does not take these settings: {error}") from error
-    return Mixing(mixup, with_mask=recipe.distillation_alpha is not None)
+    return Mixing(mixup, recipe.distillation_alpha is not None, seed)
 
 
 def _average(network: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm
 
 from benchmarks.errors import Blocked, WorkerLost
 
@@ -38,7 +40,8 @@ def wrap(model: torch.nn.Module) -> MMDistributedDataParallel:
     """
     if torch.cuda.is_available():
         device = torch.cuda.current_device()
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.to(device))
+        # timm's, since some of its norms contain the activation behind them, which PyTorch's conversion drops.
+        model = convert_sync_batchnorm(model.to(device))
         where: dict[str, Any] = {"device_ids": [device]}
     else:
         model, where = revert_sync_batchnorm(model), {}
@@ -129,13 +132,17 @@ def _listen(
         for rank, worker in enumerate(workers, start=part.first):
             if worker.exitcode:
                 how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit status {worker.exitcode}"
-                raise WorkerLost(f"process {rank} of its group died ({how}): killed, or out of memory")
+                raise WorkerLost(f"process {rank} of its group died ({how}); {_perhaps(worker.exitcode)}")
         look_after_others()
         if cut_off is not None and time.monotonic() > cut_off[1]:
             raise WorkerLost(f"its group was cut off: {cut_off[0]}")
         if not alive and cut_off is None:
             return outcome
         wait([receiver, *alive], timeout=1.0)
+
+
+def _perhaps(exitcode: int) -> str:
+    return "killed, perhaps for want of memory" if exitcode == -signal.SIGKILL else "its log may tell more"
 
 
 def _work(

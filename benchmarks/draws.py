@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,32 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.job import Job
 
 
-class NumberedSampler(InfiniteSampler):
-    """mmengine's InfiniteSampler that yields `(number, index)`: the draw's number in the stream and what was drawn."""
+class StepSampler(InfiniteSampler):
+    """mmengine's InfiniteSampler that yields `(number, index)`: the draw's number in the stream and what was drawn.
 
-    def _infinite_indices(self) -> Iterator[tuple[int, int]]:
-        return enumerate(super()._infinite_indices())
+    Each step's draws are dealt out to its forwards, `accumulate` of each process, one forward's after the other's.
+    Image i of a batch and image i from its end, which Mixup mixes with each other, stay together and in this order:
+    a step mixes the same pairs in however many forwards it is done.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, batch_size: int, accumulate: int):
+        super().__init__(dataset, seed=seed)
+        self.batch_size = batch_size  # of a step, over all processes
+        self.accumulate = accumulate
+
+    def _indices_of_rank(self) -> Iterator[tuple[int, int]]:
+        draws = enumerate(self._infinite_indices())
+        own = range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+        while True:
+            step = list(islice(draws, self.batch_size))
+            for forward in own:
+                yield from self._part(step, forward)
+
+    def _part(self, step: Sequence[tuple[int, int]], forward: int) -> list[tuple[int, int]]:
+        forwards, size = self.world_size * self.accumulate, len(step)
+        if size // forwards % 2:  # there are no pairs to keep
+            return list(step[forward::forwards])
+        return [draw for i, draw in enumerate(step) if min(i, size - 1 - i) % forwards == forward]
 
 
 class SeededDataset(Dataset):
@@ -43,30 +65,24 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, draw: tuple[int, int]) -> Any:
-        number, index = draw
-        with seeded(self.seed, number):
-            return self.dataset[index]
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Any]:
+        """What PyTorch's loaders ask for: a batch at once, since putting generators back takes longer than seeding."""
+        samples = []
+        with _put_back():
+            for number, index in draws:
+                _seed_cpu((self.seed, number))
+                samples.append(self.dataset[index])
+        return samples
 
 
 def training_loader(job: Job, dataset: Dataset, collate: Callable) -> DataLoader:
-    """Batches without end, in an order that depends on the seed alone; of the recipe's size over all processes.
-
-    Where the recipe accumulates gradients, a batch is a list of so many parts.
-    """
-    seeded_dataset = SeededDataset(dataset, job.seed)
-    parts = job.recipe.engine.accumulate
-
-    def collate_parts(samples: Sequence[Any]) -> list[Any]:
-        return [collate(samples[part::parts]) for part in range(parts)]
-
-    return loader(
-        job,
-        seeded_dataset,
-        job.recipe.batch_size // get_world_size(),
-        collate if parts == 1 else collate_parts,
-        sampler=NumberedSampler(seeded_dataset, seed=job.seed),
-        drop_last=True,
-    )
+    """Batches without end, in an order that depends on the seed alone; each is what one forward takes."""
+    dataset, parts = SeededDataset(dataset, job.seed), job.recipe.engine.accumulate
+    sampler = StepSampler(dataset, job.seed, job.recipe.batch_size, parts)
+    images = job.recipe.batch_size // (get_world_size() * parts)
+    return loader(job, dataset, images, collate, sampler=sampler, drop_last=True)
 
 
 def loader(job: Job, dataset: Dataset, batch_size: int, collate: Callable, **settings: Any) -> DataLoader:
@@ -90,8 +106,14 @@ def seed_generators(*entropy: int) -> None:
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Seeds Python's, NumPy's and PyTorch's (CPU) generators from `entropy` within the block only."""
+    with _put_back():
+        _seed_cpu(entropy)
+        yield
+
+
+@contextmanager
+def _put_back() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    _seed_cpu(entropy)
     try:
         yield
     finally:

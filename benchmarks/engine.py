@@ -12,31 +12,32 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import DefaultSampler
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, barrier, broadcast_object_list, get_rank, get_world_size, is_main_process
-from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.visualization import Visualizer
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from benchmarks import checkpoints
-from benchmarks.checkpoints import WEIGHTS
+from benchmarks.checkpoints import BEST, WEIGHTS
 from benchmarks.distributed import wrap
-from benchmarks.draws import loader, seed_generators, training_loader
+from benchmarks.draws import seed_generators, training_loader
 from benchmarks.errors import Blocked, InputError
 from benchmarks.job import TRAININGS, Job
 from benchmarks.optimizer import build_optimizer
+from benchmarks.validation import KeepBest, Validation
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class Outcome:
 class StepLoop(IterBasedTrainLoop):
     """mmengine's loop, one iteration of which is one step of the optimizer, however many forwards the step takes.
 
-    A batch is a list of parts where `accumulate` is above 1. The losses that hooks see are those of the whole batch:
-    means over its parts and over the processes.
+    The losses that hooks see are those of the whole step: means over its forwards and over the processes.
     """
 
-    def __init__(self, runner: Runner, dataloader: Any, max_iters: int, accumulate: int = 1):
-        super().__init__(runner, dataloader, max_iters)
+    def __init__(self, runner: Runner, dataloader: Any, max_iters: int, accumulate: int = 1, **settings: Any):
+        super().__init__(runner, dataloader, max_iters, **settings)
         self.accumulate = accumulate
+        self.dataloader_iterator = _Forwards(self.dataloader, accumulate)
 
     def run(self) -> torch.nn.Module:
         counts = self.iter * self.accumulate, self.max_iters * self.accumulate
@@ -85,8 +86,10 @@ class StepLoop(IterBasedTrainLoop):
     def run_iter(self, data_batch: Any) -> None:
         runner = self.runner
         runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
-        parts = [data_batch] if self.accumulate == 1 else data_batch
-        losses = [runner.model.train_step(part, optim_wrapper=runner.optim_wrapper) for part in parts]
+        others = (next(self.dataloader_iterator) for _ in range(self.accumulate - 1))
+        losses = [
+            runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper) for batch in chain([data_batch], others)
+        ]
         outputs = losses[0]
         if self.accumulate > 1 or get_world_size() > 1:
             values = torch.stack([torch.stack([v.detach().float() for v in part.values()]) for part in losses]).mean(0)
@@ -94,6 +97,17 @@ class StepLoop(IterBasedTrainLoop):
             outputs = dict(zip(outputs, values, strict=True))
         runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs)
         self._iter += 1
+
+
+class _Forwards(_InfiniteDataloaderIterator):
+    """mmengine's iterator over batches, of which a step takes `accumulate`."""
+
+    def __init__(self, dataloader: Any, accumulate: int):
+        super().__init__(dataloader)
+        self.accumulate = accumulate
+
+    def skip_iter(self, num_iters: int) -> None:
+        super().skip_iter(num_iters * self.accumulate)
 
 
 class BFloat16OptimWrapper(OptimWrapper):
@@ -121,6 +135,7 @@ class JobHook(Hook):
         self.losses: deque[float] = deque(maxlen=20)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoints.check_finite(checkpoint["state_dict"], f"at iteration {runner.iter}")
         checkpoint["losses"] = list(self.losses)
         # Of mmengine's message hub only what can be read back without unpickling: no histories, no NumPy scalars.
         hub = checkpoint["message_hub"]
@@ -144,7 +159,11 @@ class JobHook(Hook):
         self.context.progress({"fraction": (batch_idx + 1) / runner.max_iters, "text": f"loss {loss:.3f}"})
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.context.progress({"fraction": (batch_idx + 1) / len(runner.val_dataloader), "text": "evaluating"})
+        seen = (batch_idx + 1) / len(runner.val_dataloader)
+        if runner.train_loop is None:
+            self.context.progress({"fraction": seen, "text": "evaluating"})
+        else:
+            self.context.progress({"fraction": runner.iter / runner.max_iters, "text": f"validating: {seen:.0%}"})
 
 
 def build_runner(
@@ -286,20 +305,28 @@ def training_runner(
     collate: Callable,
     hooks: Sequence[Hook] = (),
     checkpoint: Path | None = None,
+    validation: Validation | None = None,
 ) -> Runner:
     """mmengine's Runner for a training, from `checkpoint` on or from the model's weights; `train` has the arguments."""
-    accumulate = job.recipe.engine.accumulate
+    loop: dict[str, Any] = {"type": StepLoop, "max_iters": job.recipe.iterations}
+    loop["accumulate"] = job.recipe.engine.accumulate
+    looks: dict[str, Any] = {}
+    if validation is not None:
+        loop["val_interval"] = job.recipe.validate_every
+        looks = validation.settings(job, context)
+        hooks = [*hooks, KeepBest(job.recipe, validation.score, context.folder(job.key) / BEST)]
     return build_runner(
         job,
         context,
         _with_options(job, model),
         hooks,
         train_dataloader=training_loader(job, dataset, collate),
-        train_cfg={"type": StepLoop, "max_iters": job.recipe.iterations, "accumulate": accumulate},
+        train_cfg=loop,
         optim_wrapper=_optim_wrapper(job, build_optimizer(job, model)),
         param_scheduler=param_scheduler(job),
         load_from=None if checkpoint is None else str(checkpoint),
         resume=checkpoint is not None,
+        **looks,
     )
 
 
@@ -310,8 +337,14 @@ def train(
     dataset: Dataset,
     collate: Callable,
     hooks: Sequence[Hook] = (),
+    validation: Validation | None = None,
 ) -> Outcome:
     """Trains from the newest checkpoint, or from fresh weights, and keeps the finished weights as safetensors.
+
+    The checkpoints stay until the ledger knows of the weights (`checkpoints.discard`).
+
+    With `validation` it looks at the validation images every `recipe.validate_every` iterations and after the last,
+    and keeps the weights that scored highest, too.
 
     Within a process group it trains on all processes of it; each returns the same outcome.
 
@@ -322,9 +355,10 @@ def train(
         dataset: Maps an index to an augmented sample.
         collate: Makes a batch of samples.
         hooks: mmengine's, beside the suite's; what they need for an exact resumption they put into the checkpoint.
+        validation: What to look at on the way; None: the training images alone are seen.
 
     Raises:
-        FloatingPointError: the loss is no longer a number.
+        FloatingPointError: the loss or a weight is no longer a number.
         Blocked: the machine lacks what the precision needs.
         InputError: the model cannot do what an option asks for.
     """
@@ -335,13 +369,16 @@ def train(
         found = [checkpoints.newest_checkpoint(folder, context.report)]
     broadcast_object_list(found)
     checkpoint = found[0]
-    runner = training_runner(job, context, build_model(), dataset, collate, hooks, checkpoint)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # an earlier job of this process had its own
+    runner = training_runner(job, context, build_model(), dataset, collate, hooks, checkpoint, validation)
     runner.train()
     losses = next(hook.losses for hook in runner.hooks if isinstance(hook, JobHook))
+    best = next((hook for hook in runner.hooks if isinstance(hook, KeepBest)), None)
     trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if is_main_process():
-        checkpoints.save_weights(trained, folder / WEIGHTS)
-        checkpoints.discard(folder)
+        checkpoints.check_finite(trained.state_dict(), "with the last iteration")
+        checkpoints.save_weights(trained.state_dict(), folder / WEIGHTS)
     barrier()
     return Outcome(
         metrics={"final_loss": sum(losses) / len(losses), "iterations": job.recipe.iterations},
@@ -350,8 +387,10 @@ def train(
             "weights_sha256": checkpoints.sha256(folder / WEIGHTS),
             "resumed_from": None if checkpoint is None else checkpoint.name,
             "engine": _how(job),
-        },
-        artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}", "curves": f"jobs/{job.key}/{Path(runner.log_dir).name}"},
+        }
+        | ({} if best is None else {"best": best.details()}),
+        artifacts={"weights": f"jobs/{job.key}/{WEIGHTS}", "curves": f"jobs/{job.key}/{Path(runner.log_dir).name}"}
+        | ({} if best is None else {"best": f"jobs/{job.key}/{BEST}"}),
         notes=_notes(trained),
     )
 
@@ -362,7 +401,7 @@ def _how(job: Job) -> dict[str, Any]:
     how = {
         "processes": get_world_size(),
         "accumulate": job.recipe.engine.accumulate,
-        "images_per_forward": job.recipe.batch_size // get_world_size() // job.recipe.engine.accumulate,
+        "images_per_forward": job.recipe.images_per_forward,
         "device": torch.cuda.get_device_name() if gpu else "cpu",
     }
     return how | ({"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6} if gpu else {})
@@ -376,21 +415,12 @@ def _notes(model: torch.nn.Module) -> list[str]:
 
 
 def evaluate(
-    job: Job,
-    context: Context,
-    model: torch.nn.Module,
-    weights: Path,
-    dataset: Dataset,
-    collate: Callable,
-    batch_size: int,
-    metric: BaseMetric,
+    job: Job, context: Context, model: torch.nn.Module, weights: Path, validation: Validation
 ) -> dict[str, float]:
-    """The metrics of `model` with the finished `weights` on every image of `dataset`, in float32.
+    """The metrics of `model` with the finished `weights` on every validation image, in float32.
 
     Within a process group each process takes its part of the images, and returns the metrics over all of them.
     """
     model.load_state_dict(load_file(weights))
-    metric.collect_dir = str(context.folder(job.key) / "collected")  # mmengine's default is the current directory
-    images = loader(job, dataset, batch_size, collate, sampler=DefaultSampler(dataset, shuffle=False))
-    settings = {"val_dataloader": images, "val_cfg": {"type": "ValLoop"}, "val_evaluator": [metric]}
-    return {name: float(value) for name, value in build_runner(job, context, model, **settings).val().items()}
+    runner = build_runner(job, context, model, **validation.settings(job, context))
+    return {name: float(value) for name, value in runner.val().items()}

@@ -16,10 +16,14 @@ TASKS = ("classification", "segmentation")
 BARE = "bare"  # no head: the maps of the backbone, for cost and speed alone
 HEADS = ("segformer", "upernet", "ocr", BARE)
 SCHEDULES = ("poly", "cosine")
+SEGMENTATION_SETTINGS = {  # what a segmentation's recipe may hold; benchmarks/segmentation.py tells what each is
+    "augmentation": ("resize", "ratio_range", "crop", "maximum_class_share", "flip", "photometric_distortion"),
+    "evaluation": ("resize", "mode", "stride", "size_divisor", "scales", "flip"),
+}
 PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by automatic mixed precision
 
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
-METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 1, "train": 2, "evaluate": 1}
+METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 2, "train": 3, "evaluate": 1}
 
 
 @dataclass
@@ -45,6 +49,9 @@ class Engine:
 @dataclass
 class Recipe:
     """How a model is trained. Learning rates are those at `batch_size` images per step over all devices, unless said.
+
+    Evaluated are the last weights unless `evaluate_best` is set: the best of many looks at the validation images is
+    chosen by these images, higher than the last by chance alone, and comparable only to a best of as many looks.
 
     A field that stands at its default is no part of a job's key, so that a field added later changes no key. Whoever
     changes a default raises `METHOD_VERSION`.
@@ -74,9 +81,18 @@ class Recipe:
     augmentation: dict[str, Any] = field(default_factory=dict)  # see benchmarks.classification and .segmentation
     evaluation: dict[str, Any] = field(default_factory=dict)  # likewise
     checkpoint_every: int = 2000  # iterations
+    validate_every: int = 0  # iterations between looks at the validation images; 0: a training never sees them
+    evaluate_best: bool = (
+        False  # the score: of the look that scored highest, a chosen maximum; else of the last weights
+    )
     threads: int = 1  # CPU threads; they decide the order of floating-point sums, and with it the last digits
     workers: int = 0  # data-loading processes, of each training process
     engine: Engine = field(default_factory=Engine)
+
+    @property
+    def images_per_forward(self) -> int:
+        """How many images a process takes at once; an evaluation no more than the training."""
+        return self.batch_size // (self.engine.processes * self.engine.accumulate)
 
     @property
     def peak_learning_rate(self) -> float:
@@ -161,7 +177,11 @@ class Job:
 
     def _recipe(self) -> dict[str, Any]:
         """What of the recipe decides the outcome of this stage, less what stands at its default."""
-        unused = {"checkpoint_every", "workers", "engine"} | ({"evaluation"} if self.stage in TRAININGS else set())
+        unused = {"checkpoint_every", "workers", "engine"}
+        if self.stage in TRAININGS:
+            unused.add("evaluate_best")
+            if not self.recipe.validate_every:  # else it decides which weights are the best
+                unused.add("evaluation")
         default = asdict(type(self.recipe)())
         return {
             name: value for name, value in asdict(self.recipe).items() if name not in unused and value != default[name]

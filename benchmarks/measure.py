@@ -48,7 +48,8 @@ def measure(
         if job.recipe.engine.processes > 1 and not torch.distributed.is_initialized():
             return launch(job, context, trained or {})
         with deterministic(job):
-            weights = context.output / (trained or {}).get("weights", "")
+            taken = "best" if job.stage == "evaluate" and job.recipe.evaluate_best else "weights"
+            weights = context.output / (trained or {}).get(taken, "")
             if (job.depends_on or job.stage == "evaluate") and not weights.is_file():
                 raise Blocked(f"the training that {job.label} starts from left no weights", looked_in=str(weights))
             if job.stage == "evaluate":

@@ -26,10 +26,12 @@ from mmseg.models import EncoderDecoder, SegTTAModel
 
 import zoo
 from benchmarks import data, heads
+from benchmarks.classification import start_from, tell_start
 from benchmarks.data.scenes import LoadImage, LoadLabels, open_scenes
 from benchmarks.engine import Context, Outcome, evaluate, train
 from benchmarks.errors import InputError, choose
 from benchmarks.job import BARE, Job
+from benchmarks.validation import Validation, evaluated
 
 # ImageNet's statistics in units of 8-bit pixels, RGB.
 MEAN = [123.675, 116.28, 103.53]
@@ -92,14 +94,30 @@ class SeveralScales(SegTTAModel):
         return self.module.load_state_dict(state_dict, *arguments, **options)
 
 
-def run_train(job: Job, context: Context) -> Outcome:
+def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcome:
     """Trains the job's segmentor from its newest checkpoint, else from fresh weights.
 
-    Where the model's configuration names a `checkpoint`, the backbone starts from that.
+    The backbone starts from `initial`, the finished weights of a classification, or from the `checkpoint` that the
+    model's configuration names; its classifier is left behind.
+
+    Raises:
+        InputError: the weights of `initial` are of another backbone.
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    outcome = train(job, context, lambda: build_model(job), training_data(job, root), pseudo_collate)
-    if checkpoint := job.model_config.get("checkpoint"):
+    looks = validation(job, root) if job.recipe.validate_every else None
+    loaded: list[str] = []
+
+    def build() -> EncoderDecoder:
+        model = build_model(job)
+        if initial is not None:
+            # Some backbones have a norm at the end of each map, which a classifier lacks.
+            loaded.append(start_from(model.backbone.network, initial, lambda name: "norm" in name))
+        return model
+
+    outcome = train(job, context, build, training_data(job, root), pseudo_collate, validation=looks)
+    if initial is not None:
+        tell_start(outcome, job, context, initial, loaded[0])
+    elif checkpoint := job.model_config.get("checkpoint"):
         outcome.notes.append(f"the backbone started from {checkpoint}")
     return outcome
 
@@ -110,29 +128,27 @@ def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
     With `scales` in the recipe's evaluation also mIoU_ms, of several scales.
     """
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
-    model, dataset = build_model(job), evaluation_data(job, root)
+    model, images = build_model(job), validation(job, root)
     scales = _scales(job)
     share = 1 / (1 + len(scales))
-    # One image at a time: their sizes differ.
-    found = evaluate(
-        job, _part(context, 0, share), model, weights, dataset, pseudo_collate, 1, IoUMetric(iou_metrics=["mIoU"])
-    )
-    metrics = {name: found[name] for name in ("mIoU", "mAcc", "aAcc")} | {"baseline_mIoU": _baseline(dataset)}
-    details: dict[str, Any] = {"images": len(dataset)}
+    found = evaluate(job, _part(context, 0, share), model, weights, images)
+    what, notes = evaluated(job, weights)
+    metrics = {name: found[name] for name in ("mIoU", "mAcc", "aAcc")} | {"baseline_mIoU": _baseline(images.dataset)}
+    details: dict[str, Any] = {"images": len(images.dataset), "evaluated": what}
     if scales:
-        found = evaluate(
-            job,
-            _part(context, share, 1 - share),
-            SeveralScales(model),
-            weights,
-            evaluation_data(job, root, scales),
-            pseudo_collate,
-            1,
-            IoUMetric(iou_metrics=["mIoU"]),
-        )
+        several = validation(job, root, scales)
+        found = evaluate(job, _part(context, share, 1 - share), SeveralScales(model), weights, several)
         metrics["mIoU_ms"] = found["mIoU"]
         details["several_scales"] = {"scales": scales, "flip": bool(job.recipe.evaluation.get("flip"))}
-    return Outcome(metrics=metrics, details=details)
+    return Outcome(metrics=metrics, details=details, notes=notes)
+
+
+def validation(job: Job, root: Path, scales: list[float] | None = None) -> Validation:
+    """mIoU, mAcc and aAcc on the validation images below `root`, one scale of them or the mean of several."""
+    # One image at a time: their sizes differ.
+    return Validation(
+        evaluation_data(job, root, scales), pseudo_collate, 1, IoUMetric(iou_metrics=["mIoU"]), score="mIoU"
+    )
 
 
 def _part(context: Context, start: float, length: float) -> Context:

@@ -117,7 +117,7 @@ def _collect(options: argparse.Namespace) -> list[str]:
 
 
 def _tables(options: argparse.Namespace) -> list[str]:
-    from . import growth, leaderboard, paper_tables, tables
+    from . import findings, findings_page, growth, leaderboard, paper_tables, tables
     from .papers import load
     from .rebuilt import rebuild
 
@@ -125,7 +125,9 @@ def _tables(options: argparse.Namespace) -> list[str]:
     papers = load(options.papers)
     written = [*leaderboard.write(records, options.output, papers), *tables.write(records, options.output / "tables")]
     written += growth.write(records, options.output / "tables")
-    written += paper_tables.write(rebuild(papers, records), papers, options.output / "tables").files
+    rebuilt = rebuild(papers, records)
+    written += paper_tables.write(rebuilt, papers, options.output / "tables").files
+    written += findings_page.write(findings.find(rebuilt, papers), options.output / "tables")
     _say(written, options.output)
     return [*messages, *papers.problems]
 

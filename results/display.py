@@ -39,6 +39,23 @@ class Display:
     footnotes: list[str]  # footnote n is referred to as [n]
 
 
+def plain(
+    caption: str, headings: list[str], cells: list[list[str]], values: list[list[float | None]] | None = None
+) -> Display:
+    """A table of texts; a column with any of `values` holds numbers."""
+    numeric = [bool(values) and any(v is not None for v in column) for column in zip(*values or [[]], strict=True)]
+    return Display(
+        caption=caption,
+        headings=headings,
+        numeric=numeric or [False] * len(headings),
+        cells=cells,
+        values=values or [[None] * len(headings) for _ in cells],
+        best=[[False] * len(headings) for _ in cells],
+        measured=[[True] * len(headings) for _ in cells],
+        footnotes=[],
+    )
+
+
 def markdown(table: Display) -> str:
     """A GitHub table with its caption and footnotes; the best value of a column is bold."""
 

@@ -1,8 +1,11 @@
 """Files that are either whole or absent: what every writer of `results/` uses."""
 
+import csv
+import io
 import os
 import secrets
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -32,6 +35,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         # A failed write or fsync names no file, and a user never heard of the temporary one.
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, object]]) -> str:
+    """A CSV file with a header; what a line lacks is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return buffer.getvalue()
 
 
 def sync_folder(folder: Path) -> None:

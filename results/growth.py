@@ -4,8 +4,6 @@ One exponent hides a curve that bends (global attention grows slowly while the i
 the pixels when it is large): so there are two, of all sizes and of the two largest ones.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -14,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean, linear_regression
 
-from .files import write_atomic
+from .files import csv_text, write_atomic
 from .record import Record
 from .rows import NOT_RUN, Cell, Row, join_cost
 
@@ -119,11 +117,7 @@ def write(records: Iterable[Record], folder: Path) -> list[Path]:
     lines = [_line(curve) for curve in curves(records)]
     if not lines:
         return []
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, SCHEMA, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomic(folder / "growth.csv", buffer.getvalue())
+    write_atomic(folder / "growth.csv", csv_text(SCHEMA, lines))
     return [folder / "growth.csv"]
 
 

@@ -21,6 +21,8 @@ from .record import SCHEMA_VERSION, STAGES, TASKS, Record
 from .rows import hardware_label, started
 
 if TYPE_CHECKING:
+    import jinja2
+
     from .display import Display
     from .paper_tables import Written
     from .plots import Drawn
@@ -42,6 +44,7 @@ class Cell:
     interval: str = ""
     marks: Sequence[int] = ()  # numbers of footnotes
     href: str = ""
+    links: Sequence[tuple[str, str]] = ()  # parts of the text, each with where it leads
 
 
 @dataclass(frozen=True)
@@ -86,33 +89,41 @@ def render(
     **content: Any,
 ) -> str:
     """The HTML of the page. `files` are tables and leaderboards below `output`, `content` what `report.build` knows."""
+    ordered = sorted(records, key=_order)
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            **content,
+            counts=Counter(record.status for record in records),
+            sections=_measured(records, [path.relative_to(output) for path in files]),
+            papers=_papers(rebuilt, written, records, output),
+            lists=_lists(rebuilt, written, output),
+            plots=_plots(drawn, output),
+            unmeasured=_unmeasured(rebuilt, written, output),
+            words=WORDS,
+            notes=drawn.notes,
+            undone=_undone([record for record in ordered if not record.done]),
+            uncounted=_uncounted(records),
+            provenance=origin(records),
+            records=[(r, _job(r), _origin(r), _parts(r), _links(r, output)) for r in ordered],
+            stages=Counter(record.stage for record in sorted(records, key=lambda record: STAGES.index(record.stage))),
+            schema=SCHEMA_VERSION,
+            count=count,
+        )
+    )
+
+
+def environment() -> "jinja2.Environment":
+    """What renders the templates of this folder."""
     import jinja2
 
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )
-    ordered = sorted(records, key=_order)
-    return environment.get_template("report.html").render(
-        **content,
-        counts=Counter(record.status for record in records),
-        sections=_measured(records, [path.relative_to(output) for path in files]),
-        papers=_papers(rebuilt, written, records, output),
-        lists=_lists(rebuilt, written, output),
-        plots=_plots(drawn, output),
-        unmeasured=_unmeasured(rebuilt, written, output),
-        words=WORDS,
-        notes=drawn.notes,
-        undone=_undone([record for record in ordered if not record.done]),
-        uncounted=_uncounted(records),
-        provenance=origin(records),
-        records=[(r, _job(r), _origin(r), _parts(r), _links(r, output)) for r in ordered],
-        stages=Counter(record.stage for record in sorted(records, key=lambda record: STAGES.index(record.stage))),
-        schema=SCHEMA_VERSION,
-        count=_count,
     )
 
 
@@ -126,7 +137,7 @@ def _measured(records: Sequence[Record], files: Iterable[Path]) -> list[tuple[st
             stems = ("cost", "growth") if kind == "cost" else kind
             links = [path.as_posix() for path in files if path.stem.removeprefix("leaderboard_").startswith(stems)]
             origins = [(row.family, [record.key for record in row.records]) for row in rows]
-            sections.append((kind, TITLES[kind], _table(kind, tables.display(rows, kind), origins, links)))
+            sections.append((kind, TITLES[kind], as_table(kind, tables.display(rows, kind), origins, links)))
     return sections
 
 
@@ -152,7 +163,7 @@ def _papers(
             totals.update(vars(summary))
         told = f"Table {table.table}: {totals['reported']} numbers reported, {totals['measured']} measured here, "
         told += f"{totals['reproduced']} reproduced"
-        shown = _table(stem, paper_tables.display(table), origins, links)
+        shown = as_table(stem, paper_tables.display(table), origins, links)
         papers.setdefault(paper, []).append(replace(shown, summary=told))
     return papers
 
@@ -177,7 +188,7 @@ def _lists(rebuilt: "Sequence[RebuiltTable]", written: "Written", output: Path) 
     lists = {}
     for name, display in written.displays.items():
         links = [path.relative_to(output).as_posix() for path in written.links.get(name, ())]
-        table = _table(name, display, [(cells[0], []) for cells in display.cells], links)
+        table = as_table(name, display, [(cells[0], []) for cells in display.cells], links)
         for line in table.lines:
             paper, number = line.cells[:2]
             if stem := stems.get((paper.text, number.text)):
@@ -186,7 +197,9 @@ def _lists(rebuilt: "Sequence[RebuiltTable]", written: "Written", output: Path) 
     return lists
 
 
-def _table(name: str, display: "Display", origins: Sequence[tuple[str, list[str]]], links: Sequence[str] = ()) -> Table:
+def as_table(
+    name: str, display: "Display", origins: Sequence[tuple[str, list[str]]], links: Sequence[str] = ()
+) -> Table:
     """A table for people as one of the page; `origins` are the group of each row and the keys of its records."""
     lines = []
     for index, (group, keys) in enumerate(origins):
@@ -209,7 +222,7 @@ def _cell(text: str, value: float | None, measured: bool, best: bool, numeric: b
     return Cell(text, " ".join(kind for kind, holds in kinds.items() if holds), value, interval, marks)
 
 
-def _count(tables: Iterable[Table]) -> dict[str, int]:
+def count(tables: Iterable[Table]) -> dict[str, int]:
     """How many rows each group has, by name."""
     counts = Counter(line.group for table in tables for line in table.lines)
     return {name: counts[name] for name in sorted(counts, key=str.casefold)}

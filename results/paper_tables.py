@@ -1,15 +1,13 @@
 """The rebuilt tables of the papers on disk and on the page: CSV, Markdown, LaTeX, and what came of all of them."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .display import Display, latex, markdown
-from .files import write_atomic
+from .display import Display, latex, markdown, plain
+from .files import csv_text, write_atomic
 from .papers import NUMBERS, WORDS, Papers
 from .rebuilt import (
     ABSENT,
@@ -26,8 +24,8 @@ from .rebuilt import (
 from .rows import NOT_RUN
 
 FOLDER = "papers"  # below the tables' folder
-_TITLES = {"params_m": "Params", "gflops": "FLOPs", "top1": "Top-1", "miou": "mIoU", "miou_ms": "mIoU, several scales"}
-_UNITS = {"params_m": "M", "gflops": "G", "top1": "%", "miou": "%", "miou_ms": "%"}
+TITLES = {"params_m": "Params", "gflops": "FLOPs", "top1": "Top-1", "miou": "mIoU", "miou_ms": "mIoU, several scales"}
+UNITS = {"params_m": "M", "gflops": "G", "top1": "%", "miou": "%", "miou_ms": "%"}
 _PRINTED = {  # what is carried as reported data, by column
     "throughput": "Throughput reported (images/s)",
     "memory": "Memory reported",
@@ -88,7 +86,7 @@ def write(tables: Sequence[RebuiltTable], papers: Papers, folder: Path) -> Writt
         own = "index" if name == "papers" else name
         contents |= {f"{own}.csv": _plain_csv(view), f"{own}.md": markdown(view)}
         links[name] = [folder / FOLDER / f"{own}.{suffix}" for suffix in ("csv", "md")]
-    contents["index.csv"] = _csv(_INDEX, [_index_line(table) for table in tables])
+    contents["index.csv"] = csv_text(_INDEX, [_index_line(table) for table in tables])
     if "verdicts.md" in contents:
         contents["verdicts.md"] += "\n" + "".join(f"- **{word}**: {meaning}.\n" for word, meaning in WORDS.items())
     for name, content in contents.items():
@@ -103,7 +101,7 @@ def stem(table: RebuiltTable) -> str:
 
 def to_csv(table: RebuiltTable) -> str:
     """A rebuilt table with the columns of `SCHEMA`; numbers in full precision, reported ones as printed."""
-    return _csv(SCHEMA, [_line(table, line) for line in table.rows])
+    return csv_text(SCHEMA, [_line(table, line) for line in table.rows])
 
 
 def display(table: RebuiltTable) -> Display:
@@ -112,7 +110,7 @@ def display(table: RebuiltTable) -> Display:
     headings = ["Row", "Model", "Data", "Size", "Setting"]
     described = len(headings)
     for column in columns:
-        title, unit = _TITLES[column], _UNITS[column]
+        title, unit = TITLES[column], UNITS[column]
         headings.append(f"{title} reported ({unit})")
         if column == "gflops":
             headings += ["MACs counted, common (G)", "Difference (%)", "FLOPs counted, the paper's way (G)"]
@@ -173,14 +171,14 @@ def index_display(tables: Sequence[RebuiltTable]) -> Display:
     lines: list[tuple[str, str, str, Summary]] = []
     for table in tables:
         name = table.title or table.paper
-        lines += [(name, table.table, _TITLES[c], s) for c, s in summarize([table]).items() if s.reported]
+        lines += [(name, table.table, TITLES[c], s) for c, s in summarize([table]).items() if s.reported]
     for rows, which in (("", "all papers"), ("own", "all papers, own rows")):
-        lines += [(which, "all", _TITLES[c], s) for c, s in summarize(tables, rows).items() if s.reported]
+        lines += [(which, "all", TITLES[c], s) for c, s in summarize(tables, rows).items() if s.reported]
     values = [[None] * 3 + [getattr(s, field.name) for field in fields(Summary)] for *_, s in lines]
     cells = [[*known, *(str(value) for value in row[3:])] for (*known, _), row in zip(lines, values, strict=True)]
     caption = "Cells of the papers' tables: reported, measured here, reproduced to the printed precision, explained"
     caption += " by a verdict, still differing, and open (neither measured nor explained)"
-    return _plain(caption, headings, cells, values)
+    return plain(caption, headings, cells, values)
 
 
 def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
@@ -192,19 +190,19 @@ def verdict_display(tables: Sequence[RebuiltTable]) -> Display:
                 if cell.reproduced or not (cell.verdict or (column in COSTS and cell.known)):
                     continue
                 printed, best = cell.printed, cell.measured if cell.measured.value is not None else cell.common
-                counted = _number(best.value, column) if best and best.value is not None else cell.measured.status
-                where = [table.title or table.paper, table.table, line.row.label, _TITLES[column], printed, counted]
+                counted = number(best.value, column) if best and best.value is not None else cell.measured.status
+                where = [table.title or table.paper, table.table, line.row.label, TITLES[column], printed, counted]
                 key = (table.paper, table.table, line.row.printed, *where[2:])
                 cells.setdefault(key, [*where, cell.verdict or "differs", cell.evidence])
     headings = ["Paper", "Table", "Row", "Column", "Reported", "Measured", "Verdict", "Evidence"]
-    return _plain("Printed numbers that are not reproduced, and derived rows recomputed", headings, [*cells.values()])
+    return plain("Printed numbers that are not reproduced, and derived rows recomputed", headings, [*cells.values()])
 
 
 def conventions_display(papers: Papers) -> Display:
     """How each paper counted its FLOPs."""
     cells = [[c.title or c.paper, ", ".join(c.tables), c.text, c.name] for c in papers.conventions]
     headings = ["Paper", "Tables", "What counts", "Name in records"]
-    return _plain("How the papers counted what they call FLOPs", headings, cells)
+    return plain("How the papers counted what they call FLOPs", headings, cells)
 
 
 _INDEX = ("paper", "table", "convention", "rows", "file")
@@ -217,23 +215,6 @@ def _index_line(table: RebuiltTable) -> dict[str, object]:
     for column, summary in summarize([table]).items():
         line |= {f"{column}_{field.name}": getattr(summary, field.name) for field in fields(Summary)}
     return line
-
-
-def _plain(
-    caption: str, headings: list[str], cells: list[list[str]], values: list[list[float | None]] | None = None
-) -> Display:
-    numeric = [bool(values) and any(v is not None for v in column) for column in zip(*values or [[]], strict=True)]
-    flags = [[False] * len(headings) for _ in cells]
-    return Display(
-        caption=caption,
-        headings=headings,
-        numeric=numeric or [False] * len(headings),
-        cells=cells,
-        values=values or [[None] * len(headings) for _ in cells],
-        best=flags,
-        measured=[[True] * len(headings) for _ in cells],
-        footnotes=[],
-    )
 
 
 def _described(line: RebuiltRow) -> list[str]:
@@ -277,11 +258,12 @@ def _measured(measured: Measured, column: str, derived: bool, mark: Mark) -> tup
         return mark(measured.status, note), None, False
     if derived:
         text = f"{measured.value:+.1f}%" if column in COSTS else f"{measured.value:+.2f}"
-        return text, measured.value, True
-    return mark(_number(measured.value, column), measured.reason), measured.value, True
+        return mark(text, measured.reason), measured.value, True
+    return mark(number(measured.value, column), measured.reason), measured.value, True
 
 
-def _number(value: float, column: str) -> str:
+def number(value: float, column: str) -> str:
+    """A measured number as it is shown."""
     return f"{value:,.3f}" if column in COSTS else f"{value:.2f}"
 
 
@@ -313,20 +295,12 @@ def _line(table: RebuiltTable, line: RebuiltRow) -> dict[str, object]:
             f"{column}_note": cell.measured.reason,
             f"{column}_record": cell.measured.key,
         }
-        if cell.common is not None:
+        if column == "gflops" and cell.common is not None:
             out |= {"gmacs_measured": cell.common.value, "gmacs_status": cell.common.status}
-            out["gmacs_difference"] = _difference(column, cell.printed, cell.common)
+            out["gmacs_difference"] = None if row.derived else _difference(column, cell.printed, cell.common)
     return out
 
 
 def _plain_csv(table: Display) -> str:
     columns = [heading.lower().replace(" ", "_") for heading in table.headings]
-    return _csv(columns, [dict(zip(columns, cells, strict=True)) for cells in table.cells])
-
-
-def _csv(columns: Sequence[str], lines: Iterable[dict[str, object]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return buffer.getvalue()
+    return csv_text(columns, [dict(zip(columns, cells, strict=True)) for cells in table.cells])

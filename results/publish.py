@@ -1,15 +1,18 @@
 """Publishing: leaderboards, tables and plots of an output folder, copied to where they are kept, with their origin."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from .files import write_atomic
+from .findings_page import PAGE as FINDINGS
 from .leaderboard import SCHEMA_FILE
 from .origin import origin
 from .record import STATUSES, Record
+from .report import REPORT
 
-PAGE, REPORT = "README.md", "report.html"
+PAGE = "README.md"
 MARK = SCHEMA_FILE.name  # every publication holds one: a folder without it is somebody else's, and is never replaced
 
 
@@ -47,7 +50,8 @@ def publish(
     shutil.rmtree(fresh, ignore_errors=True)
     shown = [path.relative_to(output) for path in files if path.name != REPORT]
     for path in shown:
-        write_atomic(fresh / path, (output / path).read_bytes())
+        content = (output / path).read_bytes()
+        write_atomic(fresh / path, _without_report(content) if path.name == FINDINGS else content)
     write_atomic(fresh / MARK, SCHEMA_FILE.read_bytes())
     write_atomic(fresh / PAGE, page(records, shown, title=title, description=description))
     # Whoever reads meanwhile finds the old publication or the new one; a kill in between leaves the new one aside.
@@ -67,6 +71,9 @@ def page(records: Sequence[Record], files: Sequence[Path], *, title: str, descri
     lines = [f"# {title}", ""]
     lines += [description, ""] if description else []
     lines += [", ".join(f"{count} jobs {status}" for status, count in counts.items() if count) + ".", ""]
+    if any(path.name == FINDINGS for path in files):
+        told = "which of the papers' printed numbers come out, which do not and why"
+        lines += [f"[Findings](tables/papers/findings.md) ([as a page]({FINDINGS})): {told}.", ""]
     boards = [path for path in files if path.name.startswith("leaderboard_")]
     if boards:
         lines += ["## Leaderboards", ""]
@@ -82,6 +89,13 @@ def page(records: Sequence[Record], files: Sequence[Path], *, title: str, descri
     lines += ["## Where the numbers come from", ""]
     lines += [f"- {heading}: {'; '.join(values)}" for heading, values in origin(records).items()]
     return "\n".join(lines) + "\n"
+
+
+def _without_report(findings: bytes) -> bytes:
+    """The findings' page with links to the papers' tables and the publication's page in place of the report's parts."""
+    page = re.sub(rf'href="{re.escape(REPORT)}#(\w+_table_\w+)"', r'href="tables/papers/\1.md"', findings.decode())
+    page = page.replace(f'href="{REPORT}#conventions"', 'href="tables/papers/conventions.md"')
+    return page.replace(f'href="{REPORT}"', f'href="{PAGE}"').encode()
 
 
 def _words(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from statistics import fmean
 from typing import Any
@@ -38,7 +38,8 @@ class Comparison:
 
     printed: str
     measured: Measured  # of FLOPs: counted as the paper counts
-    common: Measured | None = None  # of FLOPs: MACs in the convention common to all models
+    # Of FLOPs: MACs in the convention common to all models. Of a derived row: the difference with all counted alike.
+    common: Measured | None = None
     recomputed: str = ""  # of a derived row: what the printed rows give
     verdict: str = ""
     evidence: str = ""
@@ -103,7 +104,7 @@ def rebuild(papers: Papers, records: Iterable[Record]) -> list[RebuiltTable]:
                 lines[row.row] = RebuiltRow(row, _compare(row, papers, ledger))
         for row in rows:
             if row.derived:
-                lines[row.row] = RebuiltRow(row, _derive(row, lines))
+                lines[row.row] = RebuiltRow(row, _derive(row, lines, ledger))
         table.rows.extend(lines[row.row] for row in rows)
         if any(row.cells or row.deltas for row in rows):
             tables.append(table)
@@ -332,8 +333,10 @@ def _score(row: PaperRow, column: str, ledger: _Ledger) -> Measured:
     return Measured(RUN_HERE, cell.value, reason, key)
 
 
-def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow]) -> dict[str, Comparison]:
-    """The row's differences, from the printed rows and from the measured ones (FLOPs as the paper counts if known)."""
+def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow], ledger: _Ledger) -> dict[str, Comparison]:
+    """The row's differences: from the printed rows, from the measured ones (FLOPs as the paper counts if known), and
+    with all rows counted alike.
+    """
     cells = {}
     for column, printed in row.deltas.items():
         percent = column in COSTS
@@ -353,8 +356,33 @@ def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow]) -> dict[str, Compari
             measured = Measured(status, float(_difference(values[0], values[1], percent)))
         verdict = {REPRODUCED: FOLLOWS, CUT: f"{FOLLOWS} (cut, not rounded)"}.get(fits, f"the rows give {recomputed}")
         note = "" if fits else row.texts.get("note", "")
-        cells[column] = Comparison(printed, measured, recomputed=recomputed, verdict=verdict, evidence=note)
+        common = _alike(row, column, lines, ledger) if percent else None
+        cells[column] = Comparison(printed, measured, common, recomputed, verdict, note)
     return cells
+
+
+def _alike(row: PaperRow, column: str, lines: Mapping[int, RebuiltRow], ledger: _Ledger) -> Measured:
+    """A derived row's difference of costs with all rows counted alike: MACs in the common convention, auxiliary heads
+    included, and as many classes as the own networks have: a table may print others for the networks that it quotes.
+    """
+    classes = {lines[number].row.num_classes for number in row.own if number in lines}
+    changes = {"num_classes": classes.pop()} if len(classes) == 1 and None not in classes else {}
+    groups: list[list[float]] = []
+    for numbers in (row.own, row.others):
+        groups.append([])
+        for number in (number for number in numbers if number in lines):
+            printed = replace(lines[number].row, **changes)
+            record = ledger.cost(printed) if printed.buildable else None
+            metric, unit = ("params", 1e6) if column == "params_m" else ("macs", 1e9)
+            cost = _cost(printed, record, metric, unit)
+            if cost.value is None:
+                classes_too = f" with {printed.num_classes} classes" if printed.num_classes else ""
+                return Measured(NOT_RUN, reason=f"{printed.label} was not counted{classes_too}")
+            extra = record.metrics.get("params_auxiliary", 0) / unit if column == "params_m" else 0
+            groups[-1].append(cost.value + extra)
+    printed_classes = {lines[number].row.num_classes for number in (*row.own, *row.others) if number in lines}
+    note = f"all rows counted with {changes['num_classes']} classes" if changes and len(printed_classes) > 1 else ""
+    return Measured(COUNTED, float(_difference(*groups, percent=True)), note)
 
 
 def _best(cell: Comparison) -> float | None:

@@ -17,6 +17,7 @@ from .rebuilt import rebuild
 from .record import STATUSES, Record
 
 STAMP = ".report.json"
+REPORT = "report.html"
 LOCK_SECONDS = 300.0
 
 
@@ -73,7 +74,7 @@ def build(
             write_atomic(output / STAMP, json.dumps(last, indent=1) + "\n")
     counts = {status: sum(record.status == status for record in records) for status in STATUSES}
     return Built(
-        report=output / "report.html",
+        report=output / REPORT,
         files=[output / name for name in last["files"]],
         rebuilt=rebuilt,
         missing=content["missing"],
@@ -86,6 +87,8 @@ def _write(
     output: Path, records: Sequence[Record], printed: Papers, content: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
     from . import (  # pandas, matplotlib: not before they are needed
+        findings,
+        findings_page,
         growth,
         leaderboard,
         page,
@@ -99,10 +102,16 @@ def _write(
     rebuilt = rebuild(printed, records)
     drawn = plots.draw(records, output / "plots", rebuilt)
     written = paper_tables.write(rebuilt, printed, output / "tables")
+    found = findings.find(rebuilt, printed)
+    told = [*findings_page.write(found, output / "tables")]
+    if told:
+        told.append(output / findings_page.PAGE)
+        write_atomic(told[-1], findings_page.render(found, title=content["title"], report=REPORT))
+    content = content | {"findings": findings_page.PAGE if told else ""}
     parts = {"drawn": drawn, "rebuilt": rebuilt, "written": written, "files": files, "output": output}
-    write_atomic(output / "report.html", page.render(records, **parts, **content))
+    write_atomic(output / REPORT, page.render(records, **parts, **content))
     files += [path for plot in drawn.plots for path in plot.files]
-    files += [*written.files, output / "report.html"]
+    files += [*written.files, *told, output / REPORT]
     names = {path.relative_to(output).as_posix(): _digest(path.read_bytes()) for path in files}
     for name in last.get("files", {}):
         if name not in names:  # A file of an earlier report that is no longer true, e.g. the plot of a removed task.

@@ -202,7 +202,8 @@ def _setting(record: Record) -> tuple:
         return (*base, None, None, None, None)
     job = {name: value for name, value in record.job.items() if name not in outcome}
     recipe = dict(job.pop("recipe", None) or {})
-    evaluation = json.dumps(recipe.pop("evaluation", {}), sort_keys=True) if record.stage == "evaluate" else None
+    asked = [recipe.pop("evaluation", {}), recipe.pop("evaluate_best", False)]
+    evaluation = json.dumps(asked, sort_keys=True) if record.stage == "evaluate" else None
     return (*base, record.data, record.precision, json.dumps([job, recipe], sort_keys=True), evaluation)
 
 

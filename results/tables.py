@@ -60,6 +60,7 @@ _SCORES = {
     ),
     "segmentation": (
         Column("mIoU", "mIoU", "%", best="max", percent=True),
+        Column("mIoU_ms", "mIoU, several scales", "%", best="max", percent=True),
         Column("mAcc", "mAcc", "%", best="max", percent=True),
         Column("baseline_mIoU", "Trivial mIoU", "%", percent=True),
     ),
@@ -152,6 +153,9 @@ def frame(records: Sequence[Record], kind: str) -> "pandas.DataFrame":
     data["reason"] = ["; ".join(row.reasons(stages)) for row in rows]
     data["notes"] = ["; ".join(row.notes) for row in rows]
     data["num_classes"] = [row.num_classes for row in rows]
+    for name in ("mIoU_ms", "mIoU_ms_std"):  # columns are only ever added at the end
+        if name in data:
+            data[name] = data.pop(name)
     # Whole numbers stay whole beside empty cells.
     whole = {name: "Int64" for name in (*METRICS["cost"], "num_classes") if name in data and _whole(data[name])}
     return pandas.DataFrame(data).astype(whole)

@@ -36,7 +36,9 @@ class ModelEntry:
     input_size: list[int] | None = None  # null: the benchmark's
     drop_path_rate: float | None = None  # in training; null: the recipe's
     recipe: str | None = None  # one of the benchmark's `recipes`; null: its `recipe`
-    initialize_from: str | None = None  # classification: the label, in `models` or `pretraining`, to start from
+    # The training to start from: the label of one in `models` or `pretraining` (of a classification), or
+    # BENCHMARK/LABEL of one in another benchmark, which is a classification.
+    initialize_from: str | None = None
 
 
 @dataclass

@@ -76,12 +76,13 @@ def _quiet() -> Iterator[None]:
 def work(job: Job, macs: float) -> float:
     """Multiply-accumulates of a training or an evaluation, of a model that takes `macs` for one image."""
     recipe = job.recipe
+    images = job.data_options.get("validation") or data.describe(job.data).validation_count or UNKNOWN_IMAGES
     if job.stage in TRAININGS:
         forwards = 1 if recipe.linear_probe else 3 + (recipe.distillation_alpha is not None)
-        return macs * forwards * recipe.batch_size * recipe.iterations
+        looks = recipe.iterations // recipe.validate_every if recipe.validate_every else 0
+        return macs * (forwards * recipe.batch_size * recipe.iterations + looks * images)
     settings = recipe.evaluation
     views = 1 + (2 if settings.get("flip") else 1) * sum(scale**2 for scale in settings.get("scales", ()))
-    images = job.data_options.get("validation") or data.describe(job.data).validation_count or UNKNOWN_IMAGES
     return macs * views * images
 
 

@@ -81,6 +81,8 @@ def run_job(job: Job, workplace: Workplace, launch: Launch | None = None) -> tup
             tell({"fraction": 0.0, "text": "starting"}, force=True)
             record = _measure(job, workplace, ledger, messages, tell, launch)
             ledger.put(record)
+            if record.done and job.stage in TRAININGS:
+                _discard_checkpoints(workplace.output / "jobs" / job.key)  # not before the ledger knows the weights
         return record, messages
     finally:
         tell.end()
@@ -123,15 +125,27 @@ def _measure(
     )
 
 
+def _discard_checkpoints(folder: Path) -> None:
+    from benchmarks.checkpoints import discard  # PyTorch: not before it is needed
+
+    discard(folder)
+
+
 def weights_are_there(record: Record, output: Path) -> bool:
-    """Whether a finished training still has the file that its record speaks of; true for all other jobs."""
+    """Whether a finished training still has the files that its record speaks of; true for all other jobs."""
     if record.stage not in TRAININGS:
         return True
-    path = output / record.artifacts["weights"]
+    digests = {"weights": record.details["weights_sha256"]}
+    if "best" in record.details:
+        digests["best"] = record.details["best"]["weights_sha256"]
+    return all(_is_whole(output / record.artifacts[name], digest) for name, digest in digests.items())
+
+
+def _is_whole(path: Path, digest: str) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == record.details["weights_sha256"]
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
 
 def make_record(job: Job, status: str, reason: str | None, **measured: Any) -> Record:
@@ -158,7 +172,10 @@ def make_record(job: Job, status: str, reason: str | None, **measured: Any) -> R
 
 def explain(error: BaseException, job: Job | None = None) -> str:
     """One line for a person: what an error means, without its traceback; of too little memory, also what for."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if "Original Traceback" in text:  # of a data-loading process: the last line is the error
+        text = text.strip().splitlines()[-1]
+    text = " ".join(text.split()) or type(error).__name__
     if _out_of_memory(error):
         asked = re.search(r"tried to allocate (\d[\d.]* ?\w+)", text, re.IGNORECASE)
         what = f"{asked[1]} could not be had" if asked else text[:200]
@@ -167,14 +184,14 @@ def explain(error: BaseException, job: Job | None = None) -> str:
         )
         size = f" for {_size(job)}" if job is not None else ""
         return f"out of memory{size}: {what}; {less}, lower the input size, or free memory"
-    if isinstance(error, Blocked | InputError | FloatingPointError):
+    if isinstance(error, Blocked | InputError | WorkerLost | FloatingPointError):
         return text
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def _out_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory, of the machine or of its GPU; PyTorch says so in several ways."""
-    text = str(error).lower()
+    text = "" if isinstance(error, WorkerLost) else str(error).lower()  # why it died is not known
     return isinstance(error, MemoryError) or any(
         sign in text for sign in ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
     )
@@ -184,9 +201,9 @@ def _images(job: Job) -> int:
     """How many images a forward of the job takes at once."""
     if job.stage == "speed":
         return job.speed.batch_size
-    if job.stage in TRAININGS:
-        return job.recipe.batch_size // (job.recipe.engine.processes * job.recipe.engine.accumulate)
-    return 1 if job.stage == "cost" or job.task == "segmentation" else job.recipe.batch_size
+    if job.stage == "cost" or (job.stage == "evaluate" and job.task == "segmentation"):
+        return 1
+    return job.recipe.images_per_forward
 
 
 def _size(job: Job) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import data
 from benchmarks.errors import InputError, choose
-from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, STAGES, TASKS, Job, Recipe
+from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, SEGMENTATION_SETTINGS, STAGES, TASKS, Job, Recipe
 from runners.config import Benchmark, Config, ModelEntry, Suite
 from runners.estimate import counted_as
 
@@ -40,17 +40,19 @@ def make_jobs(config: Config) -> list[Job]:
         if getattr(config, name) == []:
             raise InputError(f"{name}=[] leaves nothing to run; name at least one, or leave the setting out")
     jobs: dict[str, Job] = {}
+    seeds = config.suite.seeds if config.seeds is None else config.seeds
+    plans: dict[str, _Plan] = {}
     for name, benchmark in suite.benchmarks.items():
         where = f"suite {suite.name}, benchmark {name}"
         _check(benchmark, where)
-        stages = [stage for stage in all_stages if benchmark.stages is None or stage in benchmark.stages]
-        if benchmark.head == BARE and "train" in stages:
+        if benchmark.head == BARE and "train" in _own_stages(all_stages, benchmark):
             raise InputError(f"{where}: head={BARE} has nothing to train; choose another head or stages=[cost,speed]")
         described = data.describe(benchmark.data)
         if described.task != benchmark.task:
             raise InputError(f"{where}: the dataset {benchmark.data} is for {described.task}, not {benchmark.task}")
-        seeds = config.suite.seeds if config.seeds is None else config.seeds
-        plan = _Plan(suite, benchmark, described, where)
+        plans[name] = _Plan(suite, name, benchmark, described, where, plans)
+    for name, benchmark in suite.benchmarks.items():
+        plan, stages = plans[name], _own_stages(all_stages, benchmark)
         for label, entry in _models(config, benchmark).items():
             chosen = []
             if "cost" in stages:
@@ -76,9 +78,11 @@ class _Plan:
     """What the jobs of one benchmark have in common."""
 
     suite: Suite
+    name: str
     benchmark: Benchmark
     described: data.Dataset
     where: str
+    others: Mapping[str, _Plan]  # of all benchmarks of the suite, by name
 
     def shared(self, label: str, entry: ModelEntry) -> dict[str, Any]:
         """Of all jobs of one model."""
@@ -95,26 +99,59 @@ class _Plan:
 
     def trainings(self, label: str, entry: ModelEntry, seed: int, after: tuple[str, ...] = ()) -> list[Job]:
         """The training of one model, behind those that it starts from."""
-        if label in after:
-            raise InputError(f"{self.where}: initialize_from goes round in a circle: {' -> '.join((*after, label))}")
         before: list[Job] = []
-        if (source := entry.initialize_from) is not None:
-            known = self.benchmark.models | self.benchmark.pretraining
-            choose("initialize_from", source, tuple(known), f"{self.where}, model {label}")
-            before = self.trainings(source, known[source], seed, (*after, label))
+        if entry.initialize_from is not None:
+            chain = (*after, f"{self.name}/{label}")
+            if chain[-1] in after:
+                raise InputError(
+                    f"suite {self.suite.name}: initialize_from goes round in a circle: {' -> '.join(chain)}"
+                )
+            before = self._source(label, entry, seed, chain)
+        recipe, stage = self._recipe(label, entry), "pretrain" if label in self.benchmark.pretraining else "train"
+        if stage == "pretrain" and recipe.validate_every:
+            raise InputError(
+                f"{self.where}, pretraining {label}: recipe.validate_every wants a score, which a pretraining has not; "
+                "set it to 0, or give the pretraining a recipe of its own"
+            )
+        for name in ("mixup", "ema", "distillation_alpha", "linear_probe", "label_smoothing"):
+            if stage == "pretrain" and getattr(recipe, name):
+                raise InputError(
+                    f"{self.where}, pretraining {label}: recipe.{name} is for what has labels; leave it out, "
+                    "or give the pretraining a recipe of its own"
+                )
         job = Job(
-            stage="pretrain" if label in self.benchmark.pretraining else "train",
+            stage=stage,
             seed=seed,
             precision=self.suite.precision,
             data=self.benchmark.data,
             data_version=self.described.version,
             data_options=self.benchmark.data_options,
-            recipe=self._recipe(label, entry),
+            recipe=recipe,
             depends_on=tuple(job.key for job in before[-1:]),
             starts_from=before[-1].description() if before else None,
             **self.shared(label, entry),
         )
         return [*before, job]
+
+    def _source(self, label: str, entry: ModelEntry, seed: int, after: tuple[str, ...]) -> list[Job]:
+        """The training that a model starts from, behind those that this one starts from."""
+        source, where = entry.initialize_from, f"{self.where}, model {label}"
+        known: dict[str, tuple[_Plan, str]] = {}
+        for name, plan in self.others.items():
+            if plan.benchmark.task == "classification":
+                labels = (*plan.benchmark.models, *plan.benchmark.pretraining)
+                known |= {other if plan is self else f"{name}/{other}": (plan, other) for other in labels}
+        choose("initialize_from", source, known, where)
+        plan, other = known[source]
+        started = plan.trainings(other, (plan.benchmark.models | plan.benchmark.pretraining)[other], seed, after)
+        network = entry.name or label
+        if self.benchmark.task == "segmentation" and started[-1].stage == "train" and started[-1].model != network:
+            raise InputError(
+                f"{where}: initialize_from={source} is a {started[-1].model}, not a {network}; name one of that"
+            )
+        if "checkpoint" in entry.config:
+            raise InputError(f"{where}: it has both initialize_from and config.checkpoint; leave one of them out")
+        return started
 
     def _recipe(self, label: str, entry: ModelEntry) -> Recipe:
         recipe = self.benchmark.recipe
@@ -135,6 +172,11 @@ def _models(config: Config, benchmark: Benchmark) -> dict[str, ModelEntry]:
     known = {label for other in config.suite.benchmarks.values() for label in other.models}
     chosen = [label for label in config.models if label in benchmark.models or label not in known]
     return {label: benchmark.models.get(label, ModelEntry()) for label in chosen}
+
+
+def _own_stages(stages: Sequence[str], benchmark: Benchmark) -> list[str]:
+    """Those of `stages` that the benchmark has."""
+    return [stage for stage in stages if benchmark.stages is None or stage in benchmark.stages]
 
 
 def _check_stages(stages: Sequence[str], where: str) -> None:
@@ -162,19 +204,32 @@ def _check(benchmark: Benchmark, where: str) -> None:
         _check_no_classification(benchmark, entries, where)
     if both := sorted(benchmark.models.keys() & benchmark.pretraining.keys()):
         raise InputError(f"{where}: {both[0]} is both in models and in pretraining; give one of them another label")
-    _check_recipe(benchmark.recipe, f"{where}: recipe")
-    for name, recipe in benchmark.recipes.items():
-        _check_recipe(recipe, f"{where}: recipes.{name}")
+    others = {f"recipes.{name}": recipe for name, recipe in benchmark.recipes.items()}
+    for name, recipe in ({"recipe": benchmark.recipe} | others).items():
+        _check_recipe(recipe, f"{where}: {name}")
+        _check_settings(recipe, benchmark.task, f"{where}: {name}")
 
 
 def _check_no_classification(benchmark: Benchmark, entries: Mapping[str, ModelEntry], where: str) -> None:
     """What only classifications have must not look as if it were done."""
-    if benchmark.pretraining or any(entry.initialize_from for entry in entries.values()):
-        raise InputError(f"{where}: only classifications can have initialize_from and pretraining")
+    if benchmark.pretraining:
+        raise InputError(f"{where}: only classifications can have pretraining")
     for recipe in (benchmark.recipe, *benchmark.recipes.values()):
         for name in ("mixup", "ema", "distillation_alpha", "linear_probe", "label_smoothing"):
             if getattr(recipe, name):
                 raise InputError(f"{where}: recipe.{name} is for classifications only; leave it out")
+
+
+def _check_settings(recipe: Recipe, task: str, where: str) -> None:
+    """What is misspelt, or what nothing reads, must not look as if it were done."""
+    if task == "segmentation":  # a classification's are timm's, which knows them itself
+        for part, known in SEGMENTATION_SETTINGS.items():
+            for name in getattr(recipe, part):
+                choose("setting", str(name), known, f"{where}.{part}")
+    elif recipe.head_learning_rate_multiplier != 1.0:
+        raise InputError(f"{where}.head_learning_rate_multiplier is for segmentations only; leave it out")
+    if recipe.clip_gradient_norm is not None and recipe.clip_gradient_value is not None:
+        raise InputError(f"{where} has clip_gradient_norm and clip_gradient_value; set one of them to null")
 
 
 def _check_recipe(recipe: Recipe, where: str) -> None:
@@ -190,6 +245,10 @@ def _check_recipe(recipe: Recipe, where: str) -> None:
             f"{where}.engine.gpu_fraction is {fraction:g} with processes={recipe.engine.processes}; it must be above 0 "
             "and at most 1, and 1 for several processes, which have a GPU each"
         )
+    if recipe.validate_every < 0:
+        raise InputError(f"{where}.validate_every is {recipe.validate_every}; it must be at least 1, or 0 for never")
+    if recipe.evaluate_best and not recipe.validate_every:
+        raise InputError(f"{where}.evaluate_best needs validate_every, so that there is a best to evaluate")
     parts = recipe.engine.processes * recipe.engine.accumulate
     if recipe.batch_size % parts:
         raise InputError(

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -151,6 +152,6 @@ def make_imagenet(root: Path, classes: Sequence[str], tars: bool = False) -> Pat
     return root / "imagenet"
 
 
-def expect(monkeypatch: pytest.MonkeyPatch, name: str, **changes: int) -> None:
-    """Makes the catalogue expect a miniature: `training_count`, `validation_count`, `num_classes`."""
+def expect(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
+    """Makes the catalogue expect a miniature: `training_count`, `validation_count`, `num_classes`, `class_names`."""
     monkeypatch.setitem(data.DATASETS, name, dataclasses.replace(data.describe(name), **changes))

@@ -78,9 +78,9 @@ def load_published(model: nn.Module, source: str | Path | Mapping[str, Tensor]) 
     fitted = model.from_published(stripped) if hasattr(model, "from_published") else stripped
     to_source = _source_names(model, original)
     own = model.state_dict()
-    # A model that is not the zoo's may have one of the prefixes in its own names.
-    own_names = {_PREFIX.sub("", key): key for key in own}
-    fitted = {key if key in own else own_names.get(key, key): value for key, value in fitted.items()}
+    # A model that is not the zoo's may have one of the prefixes in its own names, or timm's joined ones (`stages_0`).
+    own_names = {_PREFIX.sub("", key).replace(".", "_"): key for key in own}
+    fitted = {key if key in own else own_names.get(key.replace(".", "_"), key): value for key, value in fitted.items()}
     loaded = {key: value for key, value in fitted.items() if key in own and value.shape == own[key].shape}
     if not loaded:
         raise ZooError(f"{name}: none of its {len(state)} entries fits {type(model).__name__}; is it another model's?")
@@ -125,8 +125,10 @@ def _is_joined(model: nn.Module, key: str) -> bool:
 
 
 def _source_names(model: nn.Module, original: dict[str, str]):
+    joined = {key.replace(".", "_"): name for key, name in original.items()}
+
     def name(key: str) -> str:
-        return original.get(_published_key(model, key)) or original.get(_PREFIX.sub("", key), key)
+        return original.get(_published_key(model, key)) or joined.get(_PREFIX.sub("", key).replace(".", "_"), key)
 
     return name
 

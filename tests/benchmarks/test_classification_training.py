@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MessageHub
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
+from training_support import SENSITIVE, curve
 
 import zoo
-from benchmarks.classification import Averaging, Classifier, Mixing, WithNumber, start_from
+from benchmarks import distributed
+from benchmarks.classification import Averaging, Classifier, Mixing, start_from
 from benchmarks.distillation import distilled_targets, probability_maps
-from benchmarks.draws import SeededDataset
 from benchmarks.engine import Context
 from benchmarks.errors import InputError
 from benchmarks.job import Engine, Job, Recipe
@@ -65,7 +68,8 @@ def data_root(tmp_path_factory) -> Path:
 def mixed(number: int, mixup: dict = MIXUP, images: torch.Tensor | None = None) -> list[torch.Tensor]:
     images = torch.rand(6, 3, 16, 16) if images is None else images
     mixing = Mixing(Mixup(num_classes=10, label_smoothing=0.0, **mixup), with_mask=True)
-    return mixing([images, torch.arange(6), torch.full((6,), number)], training=True)
+    MessageHub.get_current_instance().update_info("iter", number)
+    return mixing([images, torch.arange(6)], training=True)
 
 
 @pytest.mark.parametrize("mixup", [{"mixup_alpha": 0.8}, {"mixup_alpha": 0.0, "cutmix_alpha": 1.0}])
@@ -86,7 +90,7 @@ def test_images_and_labels_are_mixed_with_the_mask(mixup, mode):
         assert set(mask.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_a_mix_depends_on_its_number_alone():
+def test_a_mix_depends_on_the_step_alone():
     images = torch.rand(6, 3, 16, 16)
     np.random.seed(1)  # noqa: NPY002
     state = np.random.get_state()[1].tolist()  # noqa: NPY002
@@ -97,26 +101,12 @@ def test_a_mix_depends_on_its_number_alone():
     assert len({mask.mean().item() for mask in masks}) > 4
 
 
-def test_numbers_come_from_the_draw():
-    class Images(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            return torch.rand(2), index
-
-    dataset = SeededDataset(WithNumber(Images()), seed=0)
-    first, again, other = dataset[5, 1], dataset[5, 1], dataset[6, 1]
-    assert first[1:] == again[1:]
-    assert first[2] != other[2]
-
-
 def test_what_is_evaluated_is_not_mixed():
     images, labels = torch.rand(5, 3, 16, 16), torch.arange(5)
     mixing = Mixing(Mixup(num_classes=10, **MIXUP), with_mask=False)
     assert [torch.equal(a, b) for a, b in zip(mixing([images, labels]), (images, labels), strict=True)] == [True, True]
     with pytest.raises(InputError, match="one has 5; make it even"):
-        mixing([images, labels, labels], training=True)
+        mixing([images, labels], training=True)
 
 
 def test_equation_5_on_numbers_made_by_hand():
@@ -166,7 +156,7 @@ def test_the_target_is_taken_from_the_average_and_from_the_unmixed_images():
     with torch.no_grad():
         for parameter in model.ema.module.parameters():
             parameter.mul_(1.1)  # a teacher that differs
-    data = [torch.rand(4, 3, 64, 64), torch.arange(4), torch.full((4,), 11)]
+    data = [torch.rand(4, 3, 64, 64), torch.arange(4)]
     result, targets, unmixed, mask = model.data_preprocessor(data, True)
     loss = model(result, targets, unmixed, mask, mode="loss")["loss"]
     with torch.no_grad():
@@ -209,20 +199,31 @@ def test_an_interrupted_training_ends_in_the_same_bits(model, stage, recipe, dat
     assert resumed.metrics == whole.metrics
 
 
-def test_the_average_moves_once_per_step_of_the_optimizer():
-    recipe = Recipe(iterations=3, ema={"decay": 0.75})
-    model = Classifier(zoo.create_model("test_hivit", num_classes=10), recipe)
-    stepped = [True, False, True, True]
-    wrapper = SimpleNamespace(should_update=lambda: stepped[iteration])
-    runner = SimpleNamespace(model=model, optim_wrapper=wrapper, max_iters=4)
+def test_the_average_moves_with_each_step():
+    model = Classifier(zoo.create_model("test_hivit", num_classes=10), Recipe(ema={"decay": 0.75}))
     weight, averaged = model.network.head.weight, model.ema.module.head.weight
-    expected = []
-    for iteration, value in enumerate((1.0, 2.0, 3.0, 4.0)):
+    found = []
+    for iteration, value in enumerate((1.0, 3.0, 4.0)):
         weight.data.fill_(value)
-        Averaging(recipe).after_train_iter(runner, iteration)
-        expected.append(averaged[0, 0].item())
-    # A copy at first; nothing while gradients are accumulated; then 0.75 of the average and 0.25 of the weights.
-    assert expected == pytest.approx([1.0, 1.0, 0.75 * 1.0 + 0.25 * 3.0, 0.75 * 1.5 + 0.25 * 4.0])
+        Averaging().after_train_iter(SimpleNamespace(model=model), iteration)
+        found.append(averaged[0, 0].item())
+    assert found == pytest.approx([1.0, 0.75 * 1.0 + 0.25 * 3.0, 0.75 * 1.5 + 0.25 * 4.0])  # a copy at first
+
+
+@pytest.mark.parametrize("engine", [{"accumulate": 2}, {"processes": 2}], ids=str)
+def test_mixing_and_averaging_do_not_depend_on_how_a_step_is_shared(engine, data_root, tmp_path, monkeypatch):
+    """The same pairs, mixed by the same share, and one move of the average for each step."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(distributed.multiprocessing, "get_context", lambda kind: fork)
+    recipe = SENSITIVE | {"mixup": MIXUP, "ema": {"decay": 0.9}, "batch_size": 8}
+    found = []
+    for name, how in (("whole", Engine()), ("shared", Engine(**engine))):
+        context = Context(tmp_path / name, data_root)
+        outcome = measure(job("test_hivit", "train", **recipe, engine=how), context)
+        found.append((curve(context.output), load_file(context.output / outcome.artifacts["weights"])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_a_training_with_distillation_learns_and_its_average_scores(data_root, tmp_path):
@@ -328,7 +329,7 @@ def test_the_weights_of_a_smaller_network_are_refused(tmp_path):
         ({"models": {"a": ModelEntry(initialize_from="b")}}, "model a: unknown initialize_from 'b'"),
         (
             {"models": {"a": ModelEntry(initialize_from="b"), "b": ModelEntry(initialize_from="a")}},
-            "initialize_from goes round in a circle: a -> b -> a",
+            "initialize_from goes round in a circle: a/a -> a/b -> a/a",
         ),
         ({"models": {"a": ModelEntry(recipe="tunning")}}, "unknown recipe 'tunning'; did you mean tuning"),
         ({"models": {"test_hivit_mae": ModelEntry()}}, "test_hivit_mae is both in models and in pretraining"),
@@ -337,7 +338,7 @@ def test_the_weights_of_a_smaller_network_are_refused(tmp_path):
         ({"recipes": {"mae": MAE, "tuning": Recipe(learning_rate=0)}}, "recipes.tuning.learning_rate is 0"),
         (
             {"task": "segmentation", "head": "segformer", "data": "digit_scenes_segmentation"},
-            "only classifications can have initialize_from and pretraining",
+            "only classifications can have pretraining",
         ),
         ({"pretraining": {"a": ModelEntry(input_size=[8, 64])}}, "at least 32 pixels"),
         (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import io
 import re
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -215,7 +217,7 @@ def test_imagenet(tmp_path, monkeypatch, tars):
     names = data.describe("imagenet1k").classes
     expect(monkeypatch, "imagenet1k", training_count=2000, validation_count=1000)
     folder = make_imagenet(tmp_path, names, tars)
-    counts = ("1,000 tar files of", "1,000 tar files of") if tars else ("2,000", "1,000")
+    counts = [f"{count}{' (in 1,000 tar files)' if tars else ''}" for count in ("2,000", "1,000")]
     assert data.check("imagenet1k", tmp_path) == (
         True,
         f"{folder}: {counts[0]} training and {counts[1]} validation images",
@@ -236,20 +238,29 @@ def test_imagenet(tmp_path, monkeypatch, tars):
 @pytest.fixture
 def ten_classes(monkeypatch) -> tuple[str, ...]:
     names = data.describe("imagenet1k").classes[:10]
-    expect(monkeypatch, "imagenet1k", training_count=20, validation_count=10, num_classes=10)
+    ten = {"num_classes": 10, "class_names": lambda: names}
+    expect(monkeypatch, "imagenet1k", training_count=20, validation_count=10, **ten)
     return names
 
 
 @pytest.mark.parametrize(
     ("tars", "broken", "message"),
     [
-        (False, "rm -r val/n01440764", "val holds 9 folders of classes, expected are 10"),
+        (False, "rm -r val/n01440764", "val holds images of 9 classes, expected are 10; none of n01440764"),
+        (
+            False,
+            "mv val/n01440764 val/tench; mv val/n01443537 val/goldfish",
+            "val holds images of 2 classes that imagenet1k has not: goldfish, tench; .* as n01440764, n01443537, ",
+        ),
+        (False, "mkdir val/x; mv val/n0*/* val/x", "imagenet1k has not: x; "),
         (False, "rm val/n01440764/*", "1 folders of .*val hold no image: n01440764"),
         (False, "rm train/n01440764/*_1.JPEG", "train holds 19 images, expected are 20"),
         (False, ": > train/n01440764/n01440764_1.JPEG", "1 files in .*train are empty: n01440764/n01440764_1.JPEG"),
         (False, "truncate -s -60 train/n01440764/n01440764_1.JPEG", "are damaged: n01440764/n01440764_1.JPEG"),
-        (True, "rm val/n01440764.tar", "val holds 9 tar files, expected is one for each of 10 classes"),
-        (True, "truncate -s 1000 train/n01440764.tar", "train/n01440764.tar is cut off"),
+        (True, "rm val/n01440764.tar", "val holds images of 9 classes, expected are 10; none of n01440764"),
+        (True, "mv val/n01440764.tar val/tench.tar", "val holds images of 1 classes that imagenet1k has not: tench; "),
+        (True, "mv val/n01440764.tar shard-0000.tar", "val holds images of 9 classes"),
+        (True, "cp train/n01440764.tar val", "val holds 11 images, expected are 10"),
         (True, ": > train/n01440764.tar", "train/n01440764.tar is damaged: empty file"),
         (True, "rm -r train", "expected the folder .*train; .* holds val"),
     ],
@@ -259,6 +270,18 @@ def test_what_is_wrong_with_imagenet_is_named(tmp_path, ten_classes, tars, broke
     assert data.check("imagenet1k", tmp_path)[0]
     subprocess.run(broken, shell=True, cwd=folder, check=True)
     assert_matches(message, refusal("imagenet1k", tmp_path))
+
+
+@pytest.mark.parametrize("tars", [False, True])
+def test_an_image_that_is_lost_later_is_named(tmp_path, ten_classes, tars):
+    """The job is blocked by it, as by a damaged one; no other image takes its place."""
+    folder = make_imagenet(tmp_path, ten_classes, tars)
+    images = open_images(data.describe("imagenet1k"), folder, True, pil_to_tensor)
+    lost = folder / "train" / (f"{ten_classes[3]}.tar" if tars else f"{ten_classes[3]}/{ten_classes[3]}_0.JPEG")
+    lost.unlink()
+    assert isinstance(images[5][0], torch.Tensor)
+    with pytest.raises(Damaged, match=f"^cannot read the image {lost}: No such file or directory$"):
+        images[6]
 
 
 @pytest.mark.parametrize("tars", [False, True])
@@ -280,11 +303,115 @@ def test_a_damaged_image_is_named_and_never_replaced(tmp_path, ten_classes, tars
             list(DataLoader(images, batch_size=None, num_workers=1))
 
 
-def test_classes_of_tar_files_are_counted_when_they_are_read(tmp_path, ten_classes):
+def pack(path: Path, names: Sequence[str]) -> None:
+    """A tar file of small images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content, second: content[:700], "is damaged: unexpected end of data"),
+        (lambda content, second: content[:second], "is cut off or damaged behind its first 1 images"),
+        (
+            lambda content, second: content[:second] + b"x" * 512 + content[second + 512 :],
+            "is cut off or damaged behind its first 1 images",
+        ),
+    ],
+)
+def test_a_damaged_tar_file_is_named(tmp_path, ten_classes, damage, message):
+    path = make_imagenet(tmp_path, ten_classes, tars=True) / "train" / f"{ten_classes[3]}.tar"
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1].offset
+    path.write_bytes(damage(path.read_bytes(), second))
+    assert refusal("imagenet1k", tmp_path) == f"{path} {message}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda place, names: pack(place / f"{names[0]}.tar", [f"{names[0]}_0.JPEG"]), "holds 19 images, expected"),
+        (lambda place, names: pack(place / f"{names[0]}.tar", ["notes.txt"]), "9 classes, .*; none of n01440764$"),
+        # Shards whose images' classes stand in files beside them, and by chance as many as there are classes.
+        (
+            lambda place, names: [
+                (place / f"{name}.tar").rename(place / f"imagenet-{i:04d}.tar") for i, name in enumerate(names)
+            ],
+            "10 classes that imagenet1k has not: imagenet-0000, .*; the folders or tar files must be called after its",
+        ),
+    ],
+)
+def test_what_a_job_would_read_from_tar_files_is_what_is_checked(tmp_path, ten_classes, change, message):
+    """An image or a class that is lost; shards. Whoever opens the images without a check is refused as well."""
     folder = make_imagenet(tmp_path, ten_classes, tars=True)
-    few = dataclasses.replace(data.describe("imagenet1k"), num_classes=11)
-    with pytest.raises(Damaged, match="train holds images of 10 classes, expected are 11"):
-        open_images(few, folder, True, pil_to_tensor)
+    change(folder / "train", ten_classes)
+    line = refusal("imagenet1k", tmp_path)
+    assert_matches(message, line)
+    with pytest.raises(Damaged, match=f"^{re.escape(line)}$"):
+        open_images(data.describe("imagenet1k"), folder, True, pil_to_tensor)
+
+
+def test_tar_files_may_have_folders_for_the_classes(tmp_path, ten_classes):
+    """Any number of them, under any name. What archivers put before and beside the names is no class and no image."""
+    for split, count in (("train", 2), ("val", 1)):
+        for shard in range(count):
+            names = [f"./{name}/{name}_{shard}.JPEG" for name in ten_classes]
+            pack(tmp_path / "imagenet" / split / f"{shard}.tar", [*names, "./n01440764/._n01440764_0.JPEG"])
+    assert data.check("imagenet1k", tmp_path)[0]
+    images = open_images(data.describe("imagenet1k"), tmp_path / "imagenet", True, pil_to_tensor)
+    assert images.labels == [label for label in range(10) for _ in range(2)]
+    assert images[7][0].shape == (3, 8, 8)
+    assert images.reader.filename(7) == f"{tmp_path}/imagenet/train/1.tar: ./{ten_classes[3]}/{ten_classes[3]}_1.JPEG"
+
+
+def test_tar_files_are_read_in_part_and_nothing_is_written_beside_them(tmp_path, ten_classes):
+    """As large as ImageNet's, where timm's reader reads all of them and leaves a pickle in the dataset's folder."""
+    folder = make_imagenet(tmp_path, ten_classes, tars=True)
+    path = folder / "train" / f"{ten_classes[9]}.tar"
+    pack(path, [f"{ten_classes[9]}_0.JPEG"])
+    member = tarfile.TarInfo(f"{ten_classes[9]}_1.JPEG")
+    member.size = 40 * 1024**3
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+        end = tar.offset
+    with open(path, "r+b") as file:  # with a hole where the image would be
+        file.seek(end)
+        file.write(member.tobuf())
+        file.truncate(file.tell() + member.size + 1024)
+    started = time.monotonic()
+    assert len(open_images(data.describe("imagenet1k"), folder, True, pil_to_tensor)) == 20
+    assert time.monotonic() - started < 5
+    assert sorted(file.name for file in path.parent.iterdir()) == [f"{name}.tar" for name in ten_classes]
+
+
+def test_both_splits_have_the_same_classes(tmp_path, monkeypatch):
+    """Of a dataset of one's own that names none: else label 0 would be another class in training than in validation."""
+    own = data.Dataset("scans", "classification", num_classes=2)
+    monkeypatch.setitem(data.DATASETS, "scans", own)
+    for split, names in (("training", ("cat", "dog")), ("validation", ("cat", "hound"))):
+        for name in names:
+            write(tmp_path / "scans" / split / name / "1.png", np.zeros((8, 8, 3), np.uint8))
+    assert_matches("have not the same classes: only one of them has dog, hound$", refusal("scans", tmp_path))
+
+
+def test_labels_are_the_places_of_the_named_classes(tmp_path, monkeypatch):
+    names = ("dog", "cat")
+    own = data.Dataset("scans", "classification", num_classes=2, class_names=lambda: names)
+    for name in names:
+        write(tmp_path / "training" / name / "1.png", np.zeros((8, 8, 3), np.uint8))
+        (tmp_path / "training" / name / "._1.png").write_bytes(b"what some systems leave")
+    images = open_images(own, tmp_path, True, pil_to_tensor)
+    assert [(Path(images.reader.filename(i)).parent.name, images.labels[i]) for i in range(len(images))] == [
+        ("cat", 1),
+        ("dog", 0),
+    ]
+    assert [label for _, label in images] == [1, 0]
 
 
 def test_check_command_is_quick_and_its_status_tells(ade20k, capsys):

@@ -6,8 +6,10 @@ import time
 
 import pytest
 import torch
-from training_support import SENSITIVE, assert_the_same, job, trained, with_engine
+from safetensors.torch import load_file
+from training_support import SENSITIVE, assert_the_same, curve, job, trained, with_engine
 
+from benchmarks.distributed import measure_in_processes
 from benchmarks.engine import Context
 from benchmarks.job import Engine
 from benchmarks.measure import measure
@@ -86,6 +88,17 @@ def test_too_little_gpu_memory_is_a_record(data_root, tmp_path):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert record.status == "failed"
     assert record.reason.startswith("out of memory for 32 images of 256x256: ")
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_group_of_one_gpu_trains_as_none(task, data_root, tmp_path):
+    """nccl, synchronised norms and all that several GPUs need, on the one that every machine here has."""
+    asked = with_engine(job(task), **SENSITIVE)
+    plain = trained(asked, tmp_path / "plain", data_root)
+    context = Context(tmp_path / "group", data_root)
+    outcome = measure_in_processes(asked, context, {})
+    weights = load_file(context.output / outcome.artifacts["weights"])
+    assert_the_same((curve(context.output), weights, outcome), plain)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU on this machine")

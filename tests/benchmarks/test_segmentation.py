@@ -180,7 +180,7 @@ def test_one_scale_alone_has_no_score_of_several(tmp_path, monkeypatch):
     save_file(bold_model(job, 0).state_dict(), tmp_path / "weights.safetensors")
     outcome = measure(job, Context(tmp_path, tmp_path), {"weights": "weights.safetensors"})
     assert outcome.metrics.keys() == {"mIoU", "mAcc", "aAcc", "baseline_mIoU"}
-    assert outcome.details == {"images": 1}
+    assert outcome.details == {"images": 1, "evaluated": "the weights of the last iteration"}
 
 
 @pytest.mark.parametrize(

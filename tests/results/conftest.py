@@ -88,6 +88,22 @@ def record():
 
 
 @pytest.fixture
+def counted(record):
+    """A cost record of `model` as a suite leaves it; the label in the suite is another name."""
+
+    def make(model="mine_s", size=224, params=20.04e6, macs=4.5e9, head=None, **changes):
+        job = {"model": model, "num_classes": changes.pop("classes", 1000), "model_config": changes.pop("config", {})}
+        job["head_config"] = changes.pop("head_config", {})
+        metrics = {"params": params, "macs": macs, "activations": 1} | changes.pop("metrics", {})
+        task = "segmentation" if head else "classification"
+        key = f"{model}-{size}-{head}-{len(str(changes))}"
+        content = {"key": key, "metrics": metrics, "head": head, "input_size": [size, size], "job": job}
+        return record("cost", task, f"{model} of the suite", **(content | changes))
+
+    return make
+
+
+@pytest.fixture
 def suite():
     return make_suite
 

@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from results import leaderboard, papers
+from results import leaderboard, papers, tables
 
 
 def read_csv(text):
@@ -202,3 +202,29 @@ def test_a_record_from_before_a_number_was_counted_leaves_its_cell_empty(record)
     (line,) = leaderboard.leaderboard([record("cost", metrics={"params": 7, "macs": 5})], "cost")
     assert (line["macs"], line["cost_status"]) == (5, "done")
     assert (line["macs_paper"], line["activations"], line["params_auxiliary"]) == (None, None, None)
+
+
+def test_scores_over_several_scales_stand_beside_those_over_one(record, tmp_path):
+    scores = {"mIoU": 40.0, "mAcc": 50.0, "aAcc": 60.0, "baseline_mIoU": 5.0}
+    records = [
+        record("evaluate", "segmentation", key="one", model="one", metrics=scores | {"mIoU": 41.0}),
+        *(
+            record(
+                "evaluate", "segmentation", key=f"{n}", model="several", seed=n, metrics=scores | {"mIoU_ms": 42 + n}
+            )
+            for n in (0, 1)
+        ),
+    ]
+    leaderboard.write(records, tmp_path)
+    rows = checked((tmp_path / "leaderboard_segmentation.csv").read_text())
+    assert [(row["model"], row["rank"], row["value"], row["mIoU_ms"]) for row in rows] == [
+        ("one", 1, 41.0, ""),  # ranked by one scale, which all have
+        ("several", 2, 40.0, 42.5),
+    ]
+    (table,) = [path for path in tables.write(records, tmp_path / "tables") if path.name == "segmentation.md"]
+    heading, _, first, second = (line.split(" | ") for line in table.read_text().splitlines()[2:6])
+    place = heading.index("mIoU, several scales (%)")
+    assert first[place].startswith("not run")
+    assert second[place].startswith("42.5 ± 0.7")
+    tables.write(records[:1], tmp_path / "alone")
+    assert "several" not in (tmp_path / "alone" / "segmentation.md").read_text()

@@ -39,22 +39,6 @@ def mine(tmp_path):
     return papers.load(folder=folder)
 
 
-@pytest.fixture
-def counted(record):
-    """A cost record of `model` as a suite leaves it; the label in the suite is another name."""
-
-    def make(model="mine_s", size=224, params=20.04e6, macs=4.5e9, head=None, **changes):
-        job = {"model": model, "num_classes": changes.pop("classes", 1000), "model_config": changes.pop("config", {})}
-        job["head_config"] = changes.pop("head_config", {})
-        metrics = {"params": params, "macs": macs, "activations": 1} | changes.pop("metrics", {})
-        task = "segmentation" if head else "classification"
-        key = f"{model}-{size}-{head}-{len(str(changes))}"
-        content = {"key": key, "metrics": metrics, "head": head, "input_size": [size, size], "job": job}
-        return record("cost", task, f"{model} of the suite", **(content | changes))
-
-    return make
-
-
 def rebuilt(loaded, records):
     return {
         (table.paper, table.table): {line.row.row: line for line in table.rows} for table in rebuild(loaded, records)
@@ -301,6 +285,8 @@ def test_the_report_has_a_paper_of_ones_own_and_a_line_on_a_bad_one(mine, counte
     for section in ("papers", "verdicts", "conventions"):
         assert page.count(f'id="{section}"') == 1
     assert "tables/papers/mine_table_1.csv" in page
+    assert '<a href="findings.html">Findings</a>' in page
+    assert {output / "findings.html", output / "tables/papers/findings.csv"} <= set(built.files)
     assert not report.build(output, title="A", papers=[good, bad]).rebuilt
     good.write_text(HEADER + MINE.replace("Mine-S,", "Mine-T,"))
     assert report.build(output, title="A", papers=[good, bad]).rebuilt

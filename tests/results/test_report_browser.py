@@ -197,6 +197,21 @@ def test_rebuilt_tables(page):
     assert column(verdicts, "Verdict") == ["differs"]
 
 
+def test_the_findings_are_a_page_of_their_own_and_lead_back(open_page):
+    page = open_page(viewport={"width": 390, "height": 800})
+    page.get_by_role("navigation").get_by_role("link", name="Findings").click()
+    page.wait_for_url("**/findings.html")
+    assert page.get_by_role("heading", level=1).inner_text() == "Findings: Demo"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    part = section(page, "kinds")
+    assert column(part, "Row") == ["Mine-S again"]
+    part.get_by_role("searchbox").fill("no such words")
+    assert part.get_by_role("heading", level=3).count() == 0  # a part without a row goes
+    part.get_by_role("searchbox").fill("again")
+    part.get_by_role("link", name="2", exact=True).click()
+    page.locator("#mine_table_2 table").wait_for(state="visible")
+
+
 @pytest.mark.parametrize("width", [390, 820, 1920])
 def test_the_page_is_never_wider_than_the_screen(open_page, width):
     page = open_page(viewport={"width": width, "height": 800})

@@ -175,7 +175,11 @@ def test_columns_of_the_csv_are_stable(suite):
     ends = "cost_status speed_status status reason notes num_classes"
     expected = {
         "classification": common + "seeds top1 top1_std top5 top5_std baseline_top1 " + cost + ends,
-        "segmentation": common + "seeds mIoU mIoU_std mAcc mAcc_std baseline_mIoU " + cost + ends,
+        "segmentation": common
+        + "seeds mIoU mIoU_std mAcc mAcc_std baseline_mIoU "
+        + cost
+        + ends
+        + " mIoU_ms mIoU_ms_std",
         "cost": common + cost + "train_step_ms train_step_ms_low train_step_ms_high train_peak_memory_mb "
         "cost_status speed_status reason notes num_classes",
     }

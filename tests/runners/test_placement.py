@@ -240,6 +240,9 @@ def test_teachers_probes_and_several_scales_count():
     plain = seconds("train")
     assert seconds("train", distillation_alpha=0.5) == pytest.approx(4 / 3 * plain)
     assert seconds("train", linear_probe=True) == pytest.approx(1 / 3 * plain)
+    assert seconds("train", iterations=1000, warmup_iterations=0, validate_every=100) == pytest.approx(
+        seconds("train", iterations=1000, warmup_iterations=0) + 10 * seconds("evaluate")
+    )
     several = seconds("evaluate", evaluation={"scales": [0.5, 1.5], "flip": True})
     assert several == pytest.approx(seconds("evaluate") * (1 + 2 * (0.25 + 2.25)))
 

