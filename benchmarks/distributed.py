@@ -1,4 +1,4 @@
-"""One job on several processes of this machine: a GPU each, or CPU threads.
+"""One job on several processes of this machine, a GPU each or CPU threads; those of other machines may join them.
 
 What runs in a process needs nothing of this file but `wrap`: it finds the process group that another launcher (Ray
 Train, torchrun) has made just as well as the one that is made here.
@@ -12,8 +12,10 @@ import pickle
 import signal
 import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +24,13 @@ import torch
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from timm.layers import convert_sync_batchnorm
 
-from benchmarks.errors import Blocked, ProcessDied
+from benchmarks.errors import Blocked, WorkerLost
 
 if TYPE_CHECKING:
     from benchmarks.engine import Context, Outcome
     from benchmarks.job import Job
+
+SECONDS_FOR_THE_CAUSE = 5.0  # in which whoever broke a group off says why
 
 
 def wrap(model: torch.nn.Module) -> MMDistributedDataParallel:
@@ -45,15 +49,38 @@ def wrap(model: torch.nn.Module) -> MMDistributedDataParallel:
     return MMDistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True, **where)
 
 
-def measure_in_processes(job: Job, context: Context, trained: Mapping[str, str]) -> Outcome:
+@dataclass(frozen=True)
+class Part:
+    """The processes of a group that one machine starts."""
+
+    first: int  # rank of the first of them
+    processes: int
+    rendezvous: str  # an address that the processes of all machines reach, as init_process_group has it
+
+
+def measure_in_processes(
+    job: Job,
+    context: Context,
+    trained: Mapping[str, str],
+    part: Part | None = None,
+    look_after_others: Callable[[], None] = lambda: None,
+) -> Outcome | None:
     """`benchmarks.measure.measure` in as many new processes as the recipe says; returns the outcome of the first.
+
+    Args:
+        job: What to measure.
+        context: Where to read and write, and whom to tell.
+        trained: The artifacts of the training that the job depends on, where it depends on one.
+        part: Those of the processes that this machine starts, where others start the rest; None: all. Of a part
+            without the first process there is no outcome.
+        look_after_others: Called every second; raises once the processes of another machine are lost.
 
     Raises:
         Blocked: there are fewer GPUs than processes.
-        ProcessDied: one of them.
+        WorkerLost: a process died.
         Exception: what the first process to fail raised.
     """
-    number = job.recipe.engine.processes
+    number = part.processes if part else job.recipe.engine.processes
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and gpus < number:
         raise Blocked(f"the recipe asks for {number} processes, a GPU each, and this machine has {gpus}")
@@ -62,15 +89,15 @@ def measure_in_processes(job: Job, context: Context, trained: Mapping[str, str])
     lock = spawn.Lock()
     places = (context.output, context.data_root)
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = f"file://{folder}/rendezvous"
+        part = part or Part(0, number, f"file://{folder}/rendezvous")
         workers = [
-            spawn.Process(target=_work, args=(rank, job, *places, dict(trained), rendezvous, sender, lock))
+            spawn.Process(target=_work, args=(rank, part, job, *places, dict(trained), sender, lock))
             for rank in range(number)
         ]
         try:
             for worker in workers:
                 worker.start()
-            return _listen(workers, receiver, context)
+            return _listen(workers, part, receiver, context, look_after_others)
         finally:
             for worker in workers:
                 if worker.pid is not None:
@@ -80,9 +107,15 @@ def measure_in_processes(job: Job, context: Context, trained: Mapping[str, str])
             sender.close()
 
 
-def _listen(workers: list[multiprocessing.Process], receiver: Connection, context: Context) -> Outcome:
+def _listen(
+    workers: list[multiprocessing.Process],
+    part: Part,
+    receiver: Connection,
+    context: Context,
+    look_after_others: Callable[[], None],
+) -> Outcome | None:
     """Passes on what the processes say, until all have ended well or one has not."""
-    outcome = None
+    outcome, cut_off = None, None
     while True:
         alive = [worker.sentinel for worker in workers if worker.exitcode is None]
         if receiver.poll():  # before the ends: what a process says last it says before it ends
@@ -91,16 +124,21 @@ def _listen(workers: list[multiprocessing.Process], receiver: Connection, contex
                 raise value
             if kind == "outcome":
                 outcome = value
+            elif kind == "cut off":
+                cut_off = cut_off or (value, time.monotonic() + SECONDS_FOR_THE_CAUSE)
             else:
                 getattr(context, kind)(value)
             continue
-        for rank, worker in enumerate(workers):
+        for rank, worker in enumerate(workers, start=part.first):
             if worker.exitcode:
                 how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit status {worker.exitcode}"
-                raise ProcessDied(f"process {rank} of {len(workers)} died ({how}); {_perhaps(worker.exitcode)}")
-        if not alive:
+                raise WorkerLost(f"process {rank} of its group died ({how}); {_perhaps(worker.exitcode)}")
+        look_after_others()
+        if cut_off is not None and time.monotonic() > cut_off[1]:
+            raise WorkerLost(f"its group was cut off: {cut_off[0]}")
+        if not alive and cut_off is None:
             return outcome
-        wait([receiver, *alive])
+        wait([receiver, *alive], timeout=1.0)
 
 
 def _perhaps(exitcode: int) -> str:
@@ -108,12 +146,12 @@ def _perhaps(exitcode: int) -> str:
 
 
 def _work(
-    rank: int,
+    local_rank: int,
+    part: Part,
     job: Job,
     output: Path,
     data_root: Path,
     trained: Mapping[str, str],
-    rendezvous: str,
     sender: Connection,
     lock: Any,
 ) -> None:
@@ -121,6 +159,8 @@ def _work(
     end_with_parent()
     from benchmarks.engine import Context
     from benchmarks.measure import measure
+
+    rank = part.first + local_rank
 
     def say(kind: str, value: Any) -> None:
         with lock:
@@ -134,13 +174,13 @@ def _work(
     for stream in (1, 2):  # standard output and error, also of libraries that know nothing of Python
         os.dup2(log, stream)
     number = job.recipe.engine.processes
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(number)}
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(local_rank)
     try:
         torch.distributed.init_process_group(
-            "nccl" if gpu else "gloo", init_method=rendezvous, rank=rank, world_size=number
+            "nccl" if gpu else "gloo", init_method=part.rendezvous, rank=rank, world_size=number
         )
         outcome = measure(job, context, trained)
         if rank == 0:
@@ -148,13 +188,24 @@ def _work(
         torch.distributed.destroy_process_group()
     except Exception as error:
         traceback.print_exc()
-        say("error", _that_travels(error))
+        if _is_cut_off(error):
+            say("cut off", " ".join(str(error).split())[:200])
+        else:
+            say("error", _that_travels(error))
 
 
 def end_with_parent() -> None:
     """Ends this process as soon as the one that started it is gone, however it went: nobody waits for the rest."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _is_cut_off(error: Exception) -> bool:
+    """Whether the others of the group are gone, for a reason that they know, rather than this process wrong."""
+    signs = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    )
 
 
 def _that_travels(error: Exception) -> Exception:

@@ -25,10 +25,6 @@ class Blocked(Exception):
         return _rebuild_blocked, (str(self), self.looked_in, self.how_to_get)
 
 
-class ProcessDied(Exception):
-    """A process of a job ended without a word. The message is one line that names it and how it ended."""
-
-
 class Damaged(Blocked):
     """A file of a dataset cannot be used. The message names the file.
 
@@ -37,6 +33,10 @@ class Damaged(Blocked):
 
     def __init__(self, reason: str, **where: str):
         super().__init__(reason.rpartition(f"{type(self).__name__}: ")[2].strip(), **where)
+
+
+class WorkerLost(RuntimeError):
+    """A process that was at a job is gone: killed, out of memory, or its machine is. Elsewhere the job may go on."""
 
 
 def _rebuild_blocked(reason: str, looked_in: str, how_to_get: str) -> Blocked:

@@ -26,9 +26,6 @@ PRECISIONS = ("float32", "bfloat16", "float16")  # the latter two by automatic m
 # Raised when a stage begins to measure something else than it did, so that old records are not taken for new ones.
 METHOD_VERSION = {"cost": 3, "speed": 1, "pretrain": 2, "train": 3, "evaluate": 1, SEARCH: 1}
 
-# Of one CPU core in a training, measured on the demo's models; live views correct it as they go.
-MACS_PER_SECOND = 20e9
-
 
 @dataclass
 class Engine:
@@ -45,6 +42,8 @@ class Engine:
     gradient_checkpointing: bool = False  # less memory for a second forward; the same numbers
     channels_last: bool = False
     compile: bool = False  # the network by torch.compile
+    gpu_fraction: float = 1.0  # of one device; below 1, in one process: several small jobs share a GPU
+    gpu_type: str | None = None  # on a cluster: only on such GPUs, as Ray names them (H100, A100, ...)
     wandb: str | None = None  # a project at Weights & Biases that gets the curves; null: never contacted
 
 
@@ -112,6 +111,7 @@ class SpeedSettings:
     max_seconds: float = 20.0  # for the forward, and again for the training step; at least five repeats are kept
     train_step: bool = True
     device: str = "cpu"
+    gpu_type: str | None = None  # with device=cuda: on no other GPU than this, as Ray names it (H100, A100, ...)
     threads: int | None = None  # on a CPU; null: all cores
 
 
@@ -166,6 +166,8 @@ class Job:
         }
         if self.stage == "speed":
             content["speed"] = asdict(self.speed)
+            if self.speed.gpu_type is None:  # added later: it changes no key where it is not used
+                del content["speed"]["gpu_type"]
         if self.stage in (*TRAININGS, "evaluate"):
             content |= {
                 "precision": self.precision,
@@ -212,31 +214,3 @@ class Job:
         """A line for people: what is done to which model."""
         head = f" + {self.head}" if self.head else ""
         return f"{self.stage} {self.label}{head} ({self.task})"
-
-
-def scheduling(job: Job, macs: Mapping[tuple[str, str], float]) -> dict[str, Any]:
-    """What an executor needs to place a job: CPU threads, whether it wants the machine to itself, estimated seconds.
-
-    Args:
-        job: The job.
-        macs: Multiply-accumulates of one image by (task, label), as far as they are known.
-
-    Returns:
-        `cpus`, `alone` (bool) and `seconds`: a rough guess for a CPU, right in its proportions rather than its height
-        (a training step counts as three forwards).
-    """
-    forward = macs.get((job.task, job.label), 1e9) / MACS_PER_SECOND
-    if job.stage in TRAININGS:
-        recipe = job.recipe
-        cpus = recipe.threads * recipe.engine.processes
-        seconds = 3 * forward * recipe.batch_size * recipe.iterations / cpus
-        return {"cpus": cpus, "alone": False, "seconds": seconds}
-    if job.stage == "evaluate":
-        cpus = job.recipe.threads * job.recipe.engine.processes
-        settings = job.recipe.evaluation
-        several = (2 if settings.get("flip") else 1) * sum(scale**2 for scale in settings.get("scales", ()))
-        seconds = 1.0 + 1000 * forward * (1 + several) / cpus
-        return {"cpus": cpus, "alone": False, "seconds": seconds}
-    if job.stage == "speed":
-        return {"cpus": 1, "alone": True, "seconds": 2.0 + 2 * job.speed.max_seconds}
-    return {"cpus": 0, "alone": False, "seconds": 1.0}

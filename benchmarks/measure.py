@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -15,22 +15,28 @@ from benchmarks.conventions import CONVENTIONS, paper_convention
 from benchmarks.distributed import measure_in_processes
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
-from benchmarks.job import Job
+from benchmarks.job import Job, SpeedSettings
 from benchmarks.speed import default_yardstick
 from benchmarks.speed import measure as measure_speed
 from benchmarks.trace import on_meta
 
+Launch = Callable[[Job, Context, Mapping[str, str]], Outcome]  # measures a job in a group of processes
 
-def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None) -> Outcome:
+
+def measure(
+    job: Job, context: Context, trained: Mapping[str, str] | None = None, launch: Launch = measure_in_processes
+) -> Outcome:
     """Does the job; a training or an evaluation in as many processes as its recipe says.
 
     Args:
         job: What to measure.
         context: Where to read and write, and whom to tell.
         trained: The artifacts of the training that the job depends on, where it depends on one.
+        launch: Starts the processes of a group, on this machine unless said otherwise.
 
     Raises:
         Blocked: what the job needs is not there.
+        WorkerLost: a process of a group died.
         InputError: the job asks for something impossible (a size that the model cannot take, for instance).
     """
     init_default_scope("mmseg")  # where mmengine looks for what configurations name
@@ -40,7 +46,7 @@ def measure(job: Job, context: Context, trained: Mapping[str, str] | None = None
         if job.stage == "speed":
             return _speed(job)
         if job.recipe.engine.processes > 1 and not torch.distributed.is_initialized():
-            return measure_in_processes(job, context, trained or {})
+            return launch(job, context, trained or {})
         with deterministic(job):
             taken = "best" if job.stage == "evaluate" and job.recipe.evaluate_best else "weights"
             weights = context.output / (trained or {}).get(taken, "")
@@ -83,6 +89,12 @@ def _cost(job: Job) -> Outcome:
     return Outcome(metrics=metrics, details=details)
 
 
+def count_cost(job: Job) -> cost.Cost:
+    """The cost of the job's model, whatever the job's stage. Raises InputError for a size that it cannot take."""
+    init_default_scope("mmseg")
+    return cost.count(_build_without_weights(job), (3, *job.input_size))
+
+
 def _build_without_weights(job: Job) -> nn.Module:
     try:
         with on_meta():
@@ -93,6 +105,7 @@ def _build_without_weights(job: Job) -> nn.Module:
 
 def _speed(job: Job) -> Outcome:
     settings = job.speed
+    _check_device(settings)
     speed = measure_speed(
         _task(job).build_model(job),
         (3, *job.input_size),
@@ -136,6 +149,14 @@ def _speed(job: Job) -> Outcome:
         },
         notes=list(speed.notes),
     )
+
+
+def _check_device(settings: SpeedSettings) -> None:
+    """Whether this machine has the GPU that is asked for; of a name that is not there Ray never gets here."""
+    if settings.gpu_type is None or not torch.cuda.is_available():
+        return  # the measurement says itself that there is no GPU
+    if settings.gpu_type.lower() not in (name := torch.cuda.get_device_name(settings.device)).lower():
+        raise Blocked(f"speed.gpu_type is {settings.gpu_type}, and this machine has {name}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One job, from its lock to its record. Both executors call `run_job`; it never raises for what a job does."""
+"""One job, from its lock to its record. All executors call `run_job`; it never raises for what a job does."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from benchmarks.errors import Blocked, InputError, ProcessDied
+from benchmarks.errors import Blocked, InputError, WorkerLost
 from benchmarks.job import SEARCH, TRAININGS, Job
 from results.files import write_atomic
 from results.ledger import Ledger
 from results.record import Record
 from runners.provenance import provenance
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Launch
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,28 @@ class Workplace:
 
 
 def run_job(
-    job: Job, workplace: Workplace, watch: Callable[[dict[str, Any]], None] | None = None
+    job: Job,
+    workplace: Workplace,
+    watch: Callable[[dict[str, Any]], None] | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Record, list[str]]:
     """Runs a job that the ledger does not have yet, and writes its record.
 
     A lock per job lets two runs of one suite share an output folder: the second waits, then finds the first one's
-    record. The lock is the operating system's and ends with the process, however that ends. `watch` is called with all
-    that the job says of its progress; what it raises ends the job.
+    record. The lock is the operating system's and ends with the process, however that ends.
+
+    Args:
+        job: What to do.
+        workplace: Where to read and write.
+        watch: Called with all that the job says of its progress; what it raises ends the job.
+        launch: Starts the processes of a group; None: on this machine.
 
     Returns:
         The record, and one line for each thing that the user should know (damaged files and the like).
+
+    Raises:
+        WorkerLost: a process of the job's group died; there is no record, and the job may be begun again.
+        OSError: the output folder cannot be written.
     """
     messages: list[str] = []
     ledger = Ledger(workplace.ledger, messages.append)
@@ -71,7 +86,7 @@ def run_job(
             record = None
         if record is None or not record.done:
             tell({"fraction": 0.0, "text": "starting"}, force=True)
-            record = _measure(job, workplace, ledger, messages, tell)
+            record = _measure(job, workplace, ledger, messages, tell, launch)
             ledger.put(record)
             if record.done and job.stage in TRAININGS:
                 _discard_checkpoints(workplace.output / "jobs" / job.key)  # not before the ledger knows the weights
@@ -81,7 +96,9 @@ def run_job(
         lock.release()
 
 
-def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str], tell: _Progress) -> Record:
+def _measure(
+    job: Job, workplace: Workplace, ledger: Ledger, messages: list[str], tell: _Progress, launch: Launch | None
+) -> Record:
     from benchmarks.engine import Context
     from benchmarks.measure import measure
 
@@ -91,8 +108,12 @@ def _measure(job: Job, workplace: Workplace, ledger: Ledger, messages: list[str]
     trained = ledger.get(job.depends_on[0]) if job.depends_on else None
     with _into(log):
         try:
-            outcome = measure(job, context, {} if trained is None else trained.artifacts)
+            artifacts = {} if trained is None else trained.artifacts
+            outcome = measure(job, context, artifacts, **({} if launch is None else {"launch": launch}))
             status, reason = "done", None
+        except WorkerLost:
+            traceback.print_exc()
+            raise
         except Exception as error:
             traceback.print_exc()
             outcome = None
@@ -172,14 +193,14 @@ def explain(error: BaseException, job: Job | None = None) -> str:
         )
         size = f" for {_size(job)}" if job is not None else ""
         return f"out of memory{size}: {what}; {less}, lower the input size, or free memory"
-    if isinstance(error, Blocked | InputError | ProcessDied | FloatingPointError):
+    if isinstance(error, Blocked | InputError | WorkerLost | FloatingPointError):
         return text
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def _out_of_memory(error: BaseException) -> bool:
     """Whether there was too little memory, of the machine or of its GPU; PyTorch says so in several ways."""
-    text = "" if isinstance(error, ProcessDied) else str(error).lower()  # why it died is not known
+    text = "" if isinstance(error, WorkerLost) else str(error).lower()  # why it died is not known
     return isinstance(error, MemoryError) or any(
         sign in text for sign in ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+
+from runners.placement import Node
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -35,6 +38,17 @@ def usable_cpus() -> int:
     except (OSError, ValueError):  # no such file, or no quota ("max")
         pass
     return max(1, cpus)
+
+
+def this_machine(cpus: int, types: Iterable[str] = ()) -> Node:
+    """This machine as a node of `cpus` CPUs and its GPUs. They are of that one of `types` that their name has in it."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if not gpus or not types:
+        return Node("this machine", cpus, gpus)
+    name = torch.cuda.get_device_name(0)
+    return Node("this machine", cpus, gpus, next((kind for kind in types if kind.lower() in name.lower()), name))
 
 
 def _statistic(path: Path, name: str) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from benchmarks import data
 from benchmarks.errors import InputError, choose
 from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, SEGMENTATION_SETTINGS, STAGES, TASKS, Job, Recipe
 from runners.config import Benchmark, Config, ModelEntry, Suite
+from runners.estimate import counted_as
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
 
@@ -263,6 +264,12 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     for name in ("processes", "accumulate"):
         if getattr(recipe.engine, name) < 1:
             raise InputError(f"{where}.engine.{name} is {getattr(recipe.engine, name)}; it must be at least 1")
+    fraction = recipe.engine.gpu_fraction
+    if not 0 < fraction <= 1 or (fraction < 1 and recipe.engine.processes > 1):
+        raise InputError(
+            f"{where}.engine.gpu_fraction is {fraction:g} with processes={recipe.engine.processes}; it must be above 0 "
+            "and at most 1, and 1 for several processes, which have a GPU each"
+        )
     if recipe.validate_every < 0:
         raise InputError(f"{where}.validate_every is {recipe.validate_every}; it must be at least 1, or 0 for never")
     if recipe.evaluate_best and not recipe.validate_every:
@@ -290,23 +297,28 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         raise InputError(f"{where}.distillation_alpha is {alpha}; it must be between 0 and 1, and needs mixup and ema")
 
 
-def check_models(jobs: Sequence[Job]) -> None:
+def check_models(jobs: Sequence[Job], counted: Container[str] = ()) -> None:
     """Builds each model once without weights: finds what is unknown or impossible before anything runs.
 
+    Those of `counted` (keys, see runners.estimate.counted_as) were built before.
     A size that a model cannot take is not looked for: it is a row of the tables with its reason, beside the others.
 
     Raises:
         InputError: names the model, the field or the optimizer, with the near matches.
     """
-    from timm.optim import list_optimizers
+    if optimizers := {job.recipe.optimizer for job in jobs if job.recipe is not None}:
+        from timm.optim import list_optimizers
 
+        for name in optimizers:
+            choose("optimizer", name, list_optimizers(), "recipe")
+
+    new = [job for job in jobs if counted_as(job) not in counted]
+    models = {(job.model, job.task, json.dumps(job.content()["model_config"], sort_keys=True)): job for job in new}
+    if not models:
+        return
     import zoo
     from benchmarks.trace import on_meta
 
-    for name in {job.recipe.optimizer for job in jobs if job.recipe is not None}:
-        choose("optimizer", name, list_optimizers(), "recipe")
-
-    models = {(job.model, job.task, json.dumps(job.content()["model_config"], sort_keys=True)): job for job in jobs}
     for job in models.values():
         try:
             with on_meta(), warnings.catch_warnings(action="ignore"):  # mmcv warns of operators not used

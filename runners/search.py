@@ -8,7 +8,6 @@ what tables report. The recipe found is a file that a suite can name.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import re
 import shlex
@@ -29,21 +28,13 @@ from results.rows import METRIC
 from runners.config import Executor as ExecutorName
 from runners.config import ModelEntry, Search
 from runners.execute import weights_are_there
-from runners.executors import Ray
 from runners.machine import free_gib
 from runners.plan import check_models, trainings
+from runners.ray_executor import connected
 from runners.session import COMPLETE, INCOMPLETE, LEAST_GIB, Session
 from runners.trials import Trial, draw_trials, is_finished
 
 MOST_LINES = 20  # of a printed table
-# Of this process and, where Ray is started here, its workers; before Ray is imported.
-ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the screen belongs to the live view
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a configuration are relative to where the user is
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search as it ends all runs
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no score
-}
 
 
 @dataclasses.dataclass
@@ -82,7 +73,8 @@ class SearchSession(Session):
             one.records = {number: record for number, record in records.items() if is_finished(record, search)}
             searches.append(one)
             self._introduce(one)
-        check_models([trial.job for one in searches for trial in one.missing])
+        self.jobs = [trial.job for one in searches for trial in one.missing]
+        check_models(self.jobs, {})
         if self.config.plan:
             for one in searches:
                 self._print_trials(one, one.trials)
@@ -103,8 +95,11 @@ class SearchSession(Session):
             raise InputError("a search runs its trials instead of the suite's stages; leave stages=[...] out")
         if config.seeds is not None and len(config.seeds) > 1:
             raise InputError(f"a search trains with one seed, not with {config.seeds}; name one, as seeds=[0]")
-        if not config.plan and importlib.util.find_spec("ray") is None:
-            raise InputError("a search needs Ray Tune, and Ray is not installed; pip install 'ray[tune]'")
+        if not config.plan:
+            try:
+                import runners.tune  # noqa: F401
+            except ImportError as error:
+                raise InputError(f"a search needs Ray Tune ({error}); pip install 'ray[tune]'") from error
 
     def _check_what_it_starts_from(self, one: _One, ledger: Ledger) -> None:
         for job in one.before:
@@ -145,21 +140,20 @@ class SearchSession(Session):
         progress = self.workplace.output / "progress"
         for trial in left:  # what a killed run left
             (progress / f"{trial.key}.json").unlink(missing_ok=True)
-        os.environ.update(ENVIRONMENT)
-        cluster = Ray(self.workplace, {}, self.config.cluster, self._needs, free)
-        cluster._connect()
-        import ray
+        from runners import tune
 
-        try:
+        os.environ.update(tune.ENVIRONMENT)
+        jobs = [trial.job for trial in left]
+        self.nodes = self._nodes(jobs, free)
+        self._check_places(jobs)
+        slots = self._slots(free)
+        with connected(self.config.cluster, slots):
             total = sum(len(one.trials) for one in searches)
-            seconds = {trial.key: self._needs(trial.job)["seconds"] for trial in left}
-            view = View(self.console, left, total - len(left), total, seconds, cluster.slots, progress)
-            with view:
+            seconds = {key: needs.seconds for key, needs in self._needs(jobs).items()}
+            with View(self.console, left, total - len(left), total, seconds, slots, progress) as view:
                 for one in searches:
                     if one.missing:
                         self._search(one, view)
-        finally:
-            ray.shutdown()
 
     def _search(self, one: _One, view: Any) -> None:
         from runners import tune
@@ -175,8 +169,8 @@ class SearchSession(Session):
                 self._tell(f"{trial.title} {record.status}: {record.reason}")
 
         known = [one.records[number] for number in sorted(one.records)]
-        needs = self._needs(one.training)
-        tune.run(one.missing, known, self.config.search, self.workplace, needs["cpus"], finished)
+        (needs,) = self._needs([one.training]).values()
+        tune.run(one.missing, known, self.config.search, self.workplace, needs, finished)
 
     def _conclude(self, one: _One) -> bool:
         """Prints and writes the outcome; whether every trial has one."""
@@ -243,7 +237,7 @@ class SearchSession(Session):
             finding = findings[trial.number]
             score = "" if finding.score is None else f"{finding.score:.1f}"
             at = "" if finding.scored_at is None else f"{finding.scored_at} of {finding.iterations}"
-            number = str(trial.number) if trial.number else "0 (as is)"
+            number = str(trial.number) if trial.number else "0 (as it stands)"
             table.add_row(number, *(shown(trial.values[name]) for name in fields), score, at, finding.state)
         self.console.print(table)
         if len(trials) > MOST_LINES:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from benchmarks import data
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import TRAININGS, Job, scheduling
+from benchmarks.job import TRAININGS, Job
 from results.ledger import Ledger
 from results.record import Record
 from results.rows import METRIC
-from runners.config import Config
+from runners.config import Cluster, Config
 from runners.config import Executor as ExecutorName
+from runners.estimate import count_macs, counted_as, known_macs, needs
 from runners.execute import Workplace, make_record, weights_are_there
-from runners.executors import Executor, Inline, Processes, Ray, workers
-from runners.machine import free_gib
+from runners.executors import Executor, Inline, Processes, workers
+from runners.machine import free_gib, this_machine
+from runners.placement import Needs, Node, problem
 from runners.plan import check_models, make_jobs, stages_of
+from runners.plan_table import plan_summary, plan_table
+from runners.ray_executor import Ray, alive_nodes, connected
 
 COMPLETE, INCOMPLETE = 0, 2
 LEAST_COUNTS = 15  # jobs that are worth the start of another process
@@ -41,6 +44,7 @@ class Session:
         self.messages: list[str] = []
         self.jobs: list[Job] = []
         self.records: dict[str, Record] = {}
+        self.nodes: list[Node] = []
 
     def run(self) -> int:
         """Runs the suite; returns 0 (complete) or 2 (incomplete).
@@ -65,16 +69,19 @@ class Session:
             f"{escape(str(self.workplace.ledger))} already.",
             soft_wrap=True,
         )
+        free = free_gib()
+        self.nodes = self._nodes(missing, free) if missing else []
         if self.config.plan:
-            check_models(missing)
-            self._print_plan()
+            check_models(missing, self._macs())
+            self._print_plan(missing)
+            self._check_places(missing)
             return COMPLETE
+        self._check_places(missing)
         if missing:
-            free = free_gib()
             if free < LEAST_GIB:
                 raise InputError(f"only {free:.1f} GiB of memory are free; close other programs (a job needs 1.5 GiB)")
             counter = self._counter(missing, free)
-            check_models(missing)
+            check_models(missing, self._macs())
             self._run(missing, counter, free)
         if "report" in stages:
             self._report()
@@ -111,14 +118,15 @@ class Session:
         if self.config.executor is ExecutorName.inline:
             self._execute(Inline(self.workplace, self.records), rest)
         else:
-            self._execute(Ray(self.workplace, self.records, self.config.cluster, self._needs, free), rest)
+            slots = self._slots(free)
+            self._execute(Ray(self.workplace, self.records, self.config.cluster, self._macs(), slots), rest)
 
     def _execute(self, executor: Executor, jobs: list[Job]) -> None:
         from runners.view import View
 
         if not jobs:
             return
-        seconds = {job.key: self._needs(job)["seconds"] for job in jobs}
+        seconds = {key: each.seconds for key, each in self._needs(jobs).items()}
         slots = executor.slots
         progress = self.workplace.output / "progress"
         for job in jobs:  # what a killed run left; a living one writes its files again within a second
@@ -138,13 +146,35 @@ class Session:
         with view:
             executor.run(jobs, done)
 
-    def _needs(self, job: Job) -> dict:
-        macs = {
-            (record.task, record.model): record.metrics["macs"]
-            for record in self.records.values()
-            if record.stage == "cost" and record.status == "done"
-        }
-        return scheduling(job, macs)
+    def _nodes(self, missing: list[Job], free: float) -> list[Node]:
+        """The machines that this run may use."""
+        if self.config.executor is ExecutorName.ray and self.config.cluster is Cluster.auto and _to_place(missing):
+            with connected(Cluster.auto, 0):
+                return alive_nodes()
+        settings = [job.speed or job.recipe.engine for job in missing if job.speed or job.recipe]
+        return [this_machine(workers(free), {each.gpu_type for each in settings if each.gpu_type})]
+
+    def _check_places(self, missing: list[Job]) -> None:
+        """Raises InputError for a job that the cluster could never run: Ray would wait for ever."""
+        if self.config.executor is ExecutorName.inline:
+            return  # the job itself finds out, and its record says so
+        for job, needed in zip(missing, self._needs(missing).values(), strict=True):
+            if why := problem(needed, self.nodes):
+                raise InputError(f"{job.title} {why}; add nodes or choose other settings (plan=true shows all needs)")
+
+    def _slots(self, free: float) -> int:
+        """Jobs side by side: of a cluster of several nodes a guess, by which the view foretells the end."""
+        if self.config.cluster is Cluster.local:
+            return workers(free)
+        return sum(node.gpus for node in self.nodes) or sum(node.cpus for node in self.nodes)
+
+    def _macs(self) -> dict[str, float]:
+        ledger = Ledger(self.workplace.ledger, self._tell)
+        return known_macs(ledger.records({counted_as(job) for job in self.jobs}))
+
+    def _needs(self, jobs: Sequence[Job], macs: Mapping[str, float] | None = None) -> dict[str, Needs]:
+        macs = self._macs() if macs is None else macs
+        return {job.key: needs(job, macs, self.nodes) for job in jobs}
 
     def _without_blocked(self, jobs: list[Job]) -> list[Job]:
         """Has the datasets ready that `jobs` need. Jobs whose data are not there become blocked records at once."""
@@ -184,16 +214,14 @@ class Session:
                 needed |= set(job.depends_on)
         return lost
 
-    def _print_plan(self) -> None:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("job", "size", "data", "state"):
-            table.add_column(heading)
+    def _print_plan(self, missing: list[Job]) -> None:
         if self.config.suite.expected.cost:
             self.console.print(f"Expected: {escape(self.config.suite.expected.cost)}")
-        for job in self.jobs:
-            size = "x".join(map(str, job.input_size))
-            table.add_row(job.title, size, job.data or "", "done" if job.key in self.records else "to do")
-        self.console.print(table)
+        macs = count_macs(self.jobs, self._macs())
+        shown = self.jobs, {job.key for job in missing}, macs, self.nodes
+        self.console.print(plan_table(*shown))
+        for line in plan_summary(*shown):
+            self.console.print(line, soft_wrap=True, highlight=False)
 
     def _report(self) -> None:
         """The report on everything in the output folder's ledger, whichever stages and models this run was about."""
@@ -272,6 +300,10 @@ class Session:
                 self._tell(
                     f"{record.model} ({task}) has not learnt: {metric} {score:.1f} %, trivial baseline {baseline:.1f} %"
                 )
+
+
+def _to_place(jobs: Sequence[Job]) -> bool:
+    return any(job.stage != "cost" for job in jobs)
 
 
 def _line(record: Record) -> str:

@@ -28,6 +28,7 @@ from results.rows import METRIC
 from runners.config import Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
 from runners.executors import RETRIES
+from runners.placement import Needs
 from runners.provenance import provenance
 from runners.trials import Trial, stopped_by
 
@@ -103,7 +104,7 @@ def run(
     known: Sequence[Record],
     search: Search,
     workplace: Workplace,
-    cpus: int,
+    needs: Needs,
     finished: Finished,
 ) -> None:
     """Runs `trials` on the Ray that this process is connected to; calls `finished` as each ends, however it ends.
@@ -115,16 +116,16 @@ def run(
         known: The records of the search's other trials, in their order.
         search: The search.
         workplace: Where to read and write.
-        cpus: CPUs of a trial.
+        needs: What a trial takes of the cluster.
         finished: Gets the trial, its record and lines for the user.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
     total, nodes = ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = min(cpus, max(int(node.get("CPU", 0)) for node in nodes))
-    gpus = min(1, int(total.get("GPU", 0))) * trials[0].job.recipe.engine.processes
-    room = min(int(total[kind]) // each for kind, each in (("CPU", cpus), ("GPU", gpus)) if each)
+    cpus = min(needs.cpus * needs.processes, max(int(node.get("CPU", 0)) for node in nodes))
+    gpus = needs.gpus * needs.processes
+    room = min(int(total[kind] / each) for kind, each in (("CPU", cpus), ("GPU", gpus)) if each)
     learned = scheduler(search)
     by_number = {trial.number: trial for trial in trials}
     for record in known:

@@ -18,7 +18,7 @@ from training_support import SENSITIVE, assert_the_same, job, kill_in_training, 
 from benchmarks import distributed
 from benchmarks.distributed import measure_in_processes
 from benchmarks.engine import Context
-from benchmarks.errors import Blocked, ProcessDied
+from benchmarks.errors import Blocked, WorkerLost
 from benchmarks.job import Engine
 from benchmarks.measure import measure
 from runners.execute import Workplace, explain, run_job
@@ -134,7 +134,7 @@ def test_a_process_that_dies_ends_the_job_and_the_others(forked, data_root, tmp_
         multiprocessing.active_children()[-1].kill()
 
     started = time.monotonic()
-    with pytest.raises(ProcessDied, match=r"process \d of 2 died \(signal 9\); killed, perhaps") as died:
+    with pytest.raises(WorkerLost, match=r"process \d of its group died \(signal 9\); killed, perhaps") as died:
         measure_in_processes(TWO, Context(tmp_path, data_root, progress=kill), {})
     assert explain(died.value, TWO) == str(died.value)  # no size is said to have failed
     assert not multiprocessing.active_children()

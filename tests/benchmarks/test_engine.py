@@ -22,7 +22,7 @@ from benchmarks.checkpoints import AtomicBackend, install, newest_checkpoint
 from benchmarks.draws import SeededDataset, StepSampler, seeded
 from benchmarks.engine import Context
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Engine, Recipe, SpeedSettings, scheduling
+from benchmarks.job import Engine
 from benchmarks.measure import measure
 from results.ledger import Ledger
 from runners.execute import Workplace, explain, run_job
@@ -377,12 +377,3 @@ def test_the_loops_overhead_is_measured(data_root, monkeypatch):
     assert min(slowed["engine"]) > 0.2
     assert loop_overhead.overhead(slowed["engine"], slowed["loader"]) > 50
     assert loop_overhead.overhead([2.0, 2.1, 9.0], [2.0, 2.0, 3.0]) == pytest.approx(5.0)
-
-
-def test_scheduling_puts_longer_jobs_first():
-    macs = {("classification", "test_hivit"): 1e9}
-    longer = job("classification", recipe=Recipe(iterations=1000))
-    shorter = job("classification", recipe=Recipe(iterations=10))
-    assert scheduling(longer, macs)["seconds"] > scheduling(shorter, macs)["seconds"]
-    speed = job("classification", stage="speed", recipe=None, speed=SpeedSettings())
-    assert scheduling(speed, macs)["alone"]

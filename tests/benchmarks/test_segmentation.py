@@ -19,7 +19,7 @@ import zoo
 from benchmarks import data, segmentation
 from benchmarks.engine import Context
 from benchmarks.errors import Blocked, InputError
-from benchmarks.job import Job, Recipe, scheduling
+from benchmarks.job import Job, Recipe
 from benchmarks.measure import measure
 
 
@@ -181,12 +181,6 @@ def test_one_scale_alone_has_no_score_of_several(tmp_path, monkeypatch):
     outcome = measure(job, Context(tmp_path, tmp_path), {"weights": "weights.safetensors"})
     assert outcome.metrics.keys() == {"mIoU", "mAcc", "aAcc", "baseline_mIoU"}
     assert outcome.details == {"images": 1, "evaluated": "the weights of the last iteration"}
-
-
-def test_several_scales_take_longer():
-    one, several = (make_job("ade20k", WHOLE | more) for more in ({}, {"scales": [0.5, 1.5], "flip": True}))
-    seconds = [scheduling(job, {("segmentation", "test_mit"): 1e10})["seconds"] - 1 for job in (one, several)]
-    assert seconds[1] == pytest.approx(seconds[0] * (1 + 2 * (0.25 + 2.25)))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import time
 import psutil
 import pytest
 
+from benchmarks.errors import WorkerLost
 from benchmarks.job import Job, Recipe, SpeedSettings
 from results.ledger import Ledger
 from results.record import Record
-from runners import executors
+from runners import executors, ray_executor
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
 
@@ -36,9 +37,8 @@ def workplace(tmp_path) -> Workplace:
     return Workplace(output=tmp_path / "output", data_root=tmp_path / "data", command="test")
 
 
-def ray(workplace: Workplace) -> executors.Ray:
-    needs = {"cpus": 1, "alone": False, "seconds": 1.0}
-    return executors.Ray(workplace, {}, Cluster.local, lambda job: needs, free_gib=1.5)
+def ray(workplace: Workplace) -> ray_executor.Ray:
+    return ray_executor.Ray(workplace, {}, Cluster.local, {}, slots=1)
 
 
 def test_what_depends_on_a_failure_is_not_run():
@@ -66,8 +66,8 @@ def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
     def die(job, workplace):
         os._exit(1)
 
-    monkeypatch.setattr(executors, "run_job", die)
-    monkeypatch.setattr(executors, "RETRIES", 1)
+    monkeypatch.setattr(ray_executor, "run_job", die)
+    monkeypatch.setattr(ray_executor, "RETRIES", 1)
     done = []
     ray(workplace).run([job()], lambda record, messages: done.append(record))
     assert [record.status for record in done] == ["failed"]
@@ -79,11 +79,30 @@ def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
     def fill(job, workplace):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/record.json")
 
-    monkeypatch.setattr(executors, "run_job", fill)
+    monkeypatch.setattr(ray_executor, "run_job", fill)
     with pytest.raises(OSError, match="No space left") as error:
         ray(workplace).run([job()], lambda record, messages: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
     assert type(error.value) is OSError
+
+
+def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monkeypatch):
+    """In this process, too; one that loses one once is none."""
+    lost = []
+
+    def lose(job, workplace):
+        lost.append(job.key)
+        if job.seed == 0 or len(lost) == 1:
+            raise WorkerLost("process 1 of its group died (signal 9)")
+        return make_record(job, "done", None), []
+
+    monkeypatch.setattr(executors, "run_job", lose)
+    done = []
+    executors.Inline(workplace, {}).run([job(seed=1)], lambda record, messages: done.append(record))
+    assert (done[0].status, len(lost)) == ("done", 2)
+    executors.Inline(workplace, {}).run([job()], lambda record, messages: done.append(record))
+    assert done[1].reason == "its worker died 4 times (process 1 of its group died (signal 9))"
+    assert Ledger(workplace.ledger).get(job().key) == done[1]
 
 
 def counts(sizes) -> list[Job]:

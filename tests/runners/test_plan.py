@@ -110,7 +110,7 @@ def test_keys_are_stable_across_processes():
         # How a training runs on a machine, all at once: no part of the key but what a batch norm sees.
         (
             "suite.benchmarks.segmentation.recipe.engine="
-            "{processes:2,gradient_checkpointing:true,channels_last:true,compile:true,wandb:x}",
+            "{processes:2,gradient_checkpointing:true,channels_last:true,compile:true,wandb:x,gpu_type:H100}",
             set(),
         ),
         ("suite.benchmarks.segmentation.recipe.engine.accumulate=2", {"train", "evaluate"}),
@@ -148,6 +148,8 @@ def test_seeds_repeat_trainings_only():
         (["suite.benchmarks.segmentation.recipe.batch_size=0"], "recipe.batch_size is 0; it must be at least 1"),
         (["suite.benchmarks.segmentation.recipe.learning_rate=-1"], "learning_rate is -1.0; it must be above 0"),
         (["suite.benchmarks.segmentation.recipe.engine.processes=0"], "engine.processes is 0; it must be at least 1"),
+        (["suite.benchmarks.segmentation.recipe.engine.gpu_fraction=1.5"], "gpu_fraction is 1.5 with processes=1"),
+        (["suite.benchmarks.segmentation.recipe.engine={gpu_fraction:0.5,processes:2}"], "a GPU each"),
         (
             ["suite.benchmarks.segmentation.recipe.engine={processes:2,accumulate:3}"],
             "8 cannot be shared by 2",

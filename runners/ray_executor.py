@@ -1,0 +1,202 @@
+"""Jobs as Ray tasks, on this machine or on a cluster: `runners.placement` decides which starts where, Ray runs it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.errors import InputError, WorkerLost
+from benchmarks.job import Job
+from results.ledger import Ledger
+from results.record import Record
+from runners.config import Cluster
+from runners.estimate import needs
+from runners.execute import Workplace, make_record, run_job
+from runners.executors import RETRIES, Done, Queue, worker_died
+from runners.placement import Node, Placement, Schedule
+
+SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they are blocked
+
+
+@dataclass
+class _Running:
+    job: Job
+    group: Any = None  # Ray's placement group, of a job on several nodes
+
+
+class Ray:
+    """Jobs as Ray tasks, each on the nodes that a `Schedule` chose.
+
+    A job whose worker died (killed, out of memory, its node lost) is placed anew, up to `RETRIES` times, and goes on
+    from its last checkpoint. A group that no node has the GPUs for gets a placement group of Ray's, which is there as a
+    whole or not at all. Ray's token authentication stays on, its dashboard off; nothing is reported home.
+    """
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        finished: Mapping[str, Record],
+        cluster: Cluster,
+        macs: Mapping[str, float],
+        slots: int,
+    ):
+        """`macs` as `estimate.known_macs` has them; `slots`: jobs side by side, on a local cluster its CPUs."""
+        self.workplace = workplace
+        self.finished = finished
+        self.cluster = cluster
+        self.macs = macs
+        self.slots = slots
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        import ray
+
+        with connected(self.cluster, self.slots):
+            nodes = alive_nodes()
+            asked = {job.key: needs(job, self.macs, nodes) for job in jobs}
+            schedule = Schedule(asked, {job.key: job.depends_on for job in jobs}, nodes)
+            queue = Queue(jobs, self.finished)
+            running: dict[Any, _Running] = {}
+            deaths: Counter[str] = Counter()
+            looked = waited = time.monotonic()
+            while queue.waiting or running:
+                for record in queue.hopeless():
+                    done(record, [])
+                ready = queue.ready()
+                for key, placement in schedule.start(job.key for job in ready):
+                    reference, started = self._start(queue.waiting.pop(key), placement)
+                    running[reference] = started
+                if running:
+                    waited = time.monotonic()
+                    found, _ = ray.wait(list(running), timeout=1.0)
+                    found = found and ray.wait(list(running), num_returns=len(running), timeout=0)[0]
+                else:
+                    if not ready:
+                        break
+                    if time.monotonic() - waited > SECONDS_FOR_NODES:
+                        for job in ready:
+                            reason = f"it {schedule.problem(job.key) or 'found no place'}: nodes were lost"
+                            queue.records[job.key] = make_record(queue.waiting.pop(job.key), "blocked", reason)
+                            done(queue.records[job.key], [])
+                        continue
+                    time.sleep(1.0)
+                    found = []
+                for reference in found:
+                    started = running.pop(reference)
+                    job = started.job
+                    schedule.end(job.key)
+                    try:
+                        record, messages = _result(reference)
+                    except WorkerLost as error:
+                        deaths[job.key] += 1
+                        if deaths[job.key] <= RETRIES:
+                            queue.waiting[job.key] = job
+                            continue
+                        record = Ledger(self.workplace.ledger).put(worker_died(job, deaths[job.key], error))
+                        messages = []
+                    finally:
+                        _free(started)
+                    queue.records[job.key] = record
+                    done(record, messages)
+                if time.monotonic() - looked > 1.0:
+                    looked = time.monotonic()
+                    gone = schedule.update(alive_nodes())
+                    for started in running.values():
+                        if started.job.key in gone:
+                            _free(started)  # a group that waits for a node that is gone: its task ends with it
+
+    def _start(self, job: Job, placement: Placement) -> tuple[Any, _Running]:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+        here = placement[0]
+        options = {"num_cpus": here.cpus, "num_gpus": here.gpus, "name": job.title, "max_retries": 0}
+        if len(placement) == 1:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here.node, soft=False)
+            return ray.remote(run_job).options(**options).remote(job, self.workplace), _Running(job)
+        group = ray.util.placement_group(
+            [{"CPU": share.cpus, "GPU": share.gpus} for share in placement],
+            strategy="PACK",
+            bundle_label_selector=[{"ray.io/node-id": share.node} for share in placement],
+        )
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        from runners.ray_group import run_job_on_nodes
+
+        task = ray.remote(run_job_on_nodes).options(**options)
+        return task.remote(job, self.workplace, placement), _Running(job, group)
+
+
+def _free(started: _Running) -> None:
+    """Gives back what Ray holds for a group; its tasks end."""
+    import ray
+
+    if started.group is not None:
+        ray.util.remove_placement_group(started.group)
+        started.group = None
+
+
+def _result(reference: Any) -> tuple[Record, list[str]]:
+    """What a task returned. Raises what it raised, or WorkerLost where Ray lost it."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise WorkerLost(f"{type(error).__name__}: killed, or the machine is out of memory") from None
+
+
+def alive_nodes() -> list[Node]:
+    """The nodes of the cluster that this process is connected to."""
+    import ray
+
+    nodes = []
+    for node in ray.nodes():
+        there = node["Resources"]
+        kinds = [name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:")]
+        if node["Alive"]:
+            kind = kinds[0] if kinds else None
+            nodes.append(Node(node["NodeID"], int(there.get("CPU", 0)), int(there.get("GPU", 0)), kind))
+    return nodes
+
+
+@contextmanager
+def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
+    """A connection to the running cluster, or to one of this run's own with so many CPUs.
+
+    Raises:
+        InputError: there is none, or it cannot start.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if cluster is Cluster.auto:
+            ray.init(address="auto", **quiet)
+        else:
+            # "local" is a cluster of this run's own: without it Ray would join whatever runs on this machine.
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,  # records are small; the default is a third of the memory
+                **quiet,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        if cluster is Cluster.auto and isinstance(error, ConnectionError):
+            raise InputError(
+                "cluster=auto: no Ray cluster runs on this machine; start one with 'ray start --head', "
+                "or use cluster=local"
+            ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"Ray cannot start on this machine: {reason}; executor=inline does without") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
