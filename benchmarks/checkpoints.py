@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 WEIGHTS = "weights.safetensors"  # of the last iteration
 BEST = "best.safetensors"  # of the iteration that scored highest on the validation images
-TEMPORARY = ".tmp"  # the lock of a job keeps two writers apart
+TEMPORARY = ".tmp"
 
 
 class AtomicBackend(LocalBackend):
@@ -38,7 +39,7 @@ def _digest_file(checkpoint: Path) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that any reader, at any moment and after any crash, sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -47,6 +48,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name of its own: a worker that was given up may still write when its successor does."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def load_checkpoint_safely(filename: str, map_location: Any = None, logger: Any = None) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def save_weights(state: Mapping[str, torch.Tensor], path: Path, said: dict[str, str] | None = None) -> str:
     """Writes a model's state as safetensors, atomically, with what is `said` of it; returns the file's SHA-256."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = _temporary(path)
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary, said)
         with open(temporary, "rb") as file:

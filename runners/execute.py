@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
+import os
+import platform
 import re
+import secrets
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +31,12 @@ from runners.provenance import provenance
 if TYPE_CHECKING:
     from benchmarks.measure import Launch
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Superseded(Exception):
+    """Another worker has taken the job over: what this one does counts no more."""
+
 
 @dataclass(frozen=True)
 class Workplace:
@@ -43,6 +54,10 @@ class Workplace:
         """The file in which a running job says how far it is."""
         return self.output / "progress" / f"{key}.json"
 
+    def claim(self, key: str) -> Path:
+        """The file in which a worker says that a job is its own."""
+        return self.output / "locks" / f"{key}.claim"
+
 
 def run_job(
     job: Job,
@@ -53,7 +68,8 @@ def run_job(
     """Runs a job that the ledger does not have yet, and writes its record.
 
     A lock per job lets two runs of one suite share an output folder: the second waits, then finds the first one's
-    record. The lock is the operating system's and ends with the process, however that ends.
+    record. The lock is the operating system's and ends with the process, however that ends. Where locks do not reach,
+    `_Claim` keeps a worker that was given up from writing over what its successor does.
 
     Args:
         job: What to do.
@@ -66,7 +82,8 @@ def run_job(
 
     Raises:
         WorkerLost: a process of the job's group died; there is no record, and the job may be begun again.
-        OSError: the output folder cannot be written.
+        OSError: the output folder cannot be written. A full disk is no error of the job, which goes on from its last
+            checkpoint once there is space.
     """
     messages: list[str] = []
     ledger = Ledger(workplace.ledger, messages.append)
@@ -85,12 +102,21 @@ def run_job(
             ledger.retire(job.key, "its weights are missing or damaged")
             record = None
         if record is None or not record.done:
+            tell.claim = _Claim(workplace.claim(job.key))
             tell({"fraction": 0.0, "text": "starting"}, force=True)
             record = _measure(job, workplace, ledger, messages, tell, launch)
+            tell.claim.check()
             ledger.put(record)
             if record.done and job.stage in TRAININGS:
                 _discard_checkpoints(workplace.output / "jobs" / job.key)  # not before the ledger knows the weights
+            tell.claim.end()
         return record, messages
+    except Superseded as error:
+        return make_record(job, "failed", str(error)), messages  # not kept: the other worker's record will stand
+    except OSError as error:
+        if error.errno in FULL and not error.filename:
+            raise OSError(error.errno, error.strerror, str(workplace.output)) from error
+        raise
     finally:
         tell.end()
         lock.release()
@@ -111,10 +137,14 @@ def _measure(
             artifacts = {} if trained is None else trained.artifacts
             outcome = measure(job, context, artifacts, **({} if launch is None else {"launch": launch}))
             status, reason = "done", None
+        except Superseded:
+            raise
         except WorkerLost:
             traceback.print_exc()
             raise
         except Exception as error:
+            if (number := _disk_full(error)) is not None:
+                raise OSError(number, os.strerror(number), str(workplace.output)) from error
             traceback.print_exc()
             outcome = None
             status, reason = ("blocked" if isinstance(error, Blocked) else "failed"), explain(error, job)
@@ -206,6 +236,20 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _disk_full(error: BaseException | None) -> int | None:
+    """The operating system's number for a disk or a quota that is full, if that is behind `error`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error.errno
+        # Libraries that write for themselves keep the text only: safetensors, torch.save, TensorBoard.
+        if "No space left on device" in str(error):
+            return errno.ENOSPC
+        if "Disk quota exceeded" in str(error):
+            return errno.EDQUOT
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _images(job: Job) -> int:
     """How many images a forward of the job takes at once."""
     if job.stage == "speed":
@@ -229,15 +273,45 @@ def _details(error: BaseException, job: Job) -> dict[str, Any]:
     return {}
 
 
+class _Claim:
+    """Whose job it is, where locks do not say it.
+
+    A worker that is cut off from its cluster, but not from the shared folder, goes on while the cluster starts its job
+    again on another machine; and not every shared folder holds locks between machines. So who begins a job writes
+    its name down, and who finds another's there (or none: the other is done) stops, at its next step at the latest,
+    and leaves no record. What both may write in one step is whole in any case: all files are replaced, never changed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.name = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
+        write_atomic(path, self.name)
+
+    def check(self) -> None:
+        """Raises `Superseded` if the job is another worker's by now."""
+        try:
+            holder = self.path.read_text()
+        except FileNotFoundError:
+            holder = ""
+        if holder != self.name:
+            raise Superseded(f"another worker has taken it over ({holder.rpartition(' ')[0] or 'and is done'})")
+
+    def end(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
 class _Progress:
-    """Writes a job's progress to a file, at most once a second."""
+    """Writes a job's progress to a file, at most once a second; stops a job that is another worker's by now."""
 
     def __init__(self, path: Path, watch: Callable[[dict[str, Any]], None] | None = None):
         self.path = path
         self.last = 0.0
         self.watch = watch
+        self.claim: _Claim | None = None
 
     def __call__(self, state: dict[str, Any], force: bool = False) -> None:
+        if self.claim is not None:
+            self.claim.check()
         if self.watch is not None:
             self.watch(state)
         now = time.monotonic()
@@ -249,11 +323,28 @@ class _Progress:
         self.path.unlink(missing_ok=True)
 
 
+class _Log(io.TextIOWrapper):
+    """A file that ends where it cannot be written: no job fails for its log, and no thread complains elsewhere."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def _into(log: Path):
     """Sends all that a job prints, warns of or logs into its log file."""
     with (
-        open(log, "a", encoding="utf-8", buffering=1) as file,
+        _Log(open(log, "ab"), encoding="utf-8", line_buffering=True) as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -36,6 +37,12 @@ class Executor(Protocol):
     slots: int  # jobs side by side
 
     def run(self, jobs: Sequence[Job], done: Done) -> None: ...
+
+
+def outline(record: Record) -> Record:
+    """What a run keeps of a record, so that its memory does not grow with what its jobs measure; the ledger has all."""
+    details = {name: record.details[name] for name in ("looked_in", "how_to_get") if name in record.details}
+    return dataclasses.replace(record, job={}, metrics={}, samples={}, details=details, notes=[], provenance={})
 
 
 class Queue:
@@ -86,7 +93,7 @@ class Inline:
             job = next((job for job in ready if job.depends_on), ready[0])
             del queue.waiting[job.key]
             record, messages = self._run(job)
-            queue.records[job.key] = record
+            queue.records[job.key] = outline(record)
             done(record, messages)
 
     def _run(self, job: Job) -> tuple[Record, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from functools import cache
@@ -14,14 +15,17 @@ PACKAGES = ("torch", "timm", "onedl-mmengine", "onedl-mmcv", "onedl-mmsegmentati
 
 @cache
 def revision() -> str:
-    """The commit of this checkout, with '+' behind it where files differ from it; 'unknown' outside a checkout."""
+    """The commit of this checkout, with '+' behind it where files differ from it.
+
+    Outside a checkout, as in a copy that was submitted to a cluster: what HIRES_VIT_REVISION says, else 'unknown'.
+    """
     root = Path(__file__).resolve().parent.parent
     git = ["git", "-C", str(root)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("HIRES_VIT_REVISION", "unknown")
     return commit + ("+" if changed.stdout.strip() else "")
 
 

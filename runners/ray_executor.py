@@ -17,7 +17,7 @@ from results.record import Record
 from runners.config import Cluster
 from runners.estimate import needs
 from runners.execute import Workplace, make_record, run_job
-from runners.executors import RETRIES, Done, Queue, worker_died
+from runners.executors import RETRIES, Done, Queue, outline, worker_died
 from runners.placement import Node, Placement, Schedule
 
 SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they are blocked
@@ -53,9 +53,10 @@ class Ray:
         self.slots = slots
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
-        import ray
-
         with connected(self.cluster, self.slots):
+            import ray
+
+            self._task = ray.remote(run_job)  # once: Ray sends and keeps each of these
             nodes = alive_nodes()
             asked = {job.key: needs(job, self.macs, nodes) for job in jobs}
             schedule = Schedule(asked, {job.key: job.depends_on for job in jobs}, nodes)
@@ -100,7 +101,7 @@ class Ray:
                         messages = []
                     finally:
                         _free(started)
-                    queue.records[job.key] = record
+                    queue.records[job.key] = outline(record)
                     done(record, messages)
                 if time.monotonic() - looked > 1.0:
                     looked = time.monotonic()
@@ -117,7 +118,7 @@ class Ray:
         options = {"num_cpus": here.cpus, "num_gpus": here.gpus, "name": job.title, "max_retries": 0}
         if len(placement) == 1:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here.node, soft=False)
-            return ray.remote(run_job).options(**options).remote(job, self.workplace), _Running(job)
+            return self._task.options(**options).remote(job, self.workplace), _Running(job)
         group = ray.util.placement_group(
             [{"CPU": share.cpus, "GPU": share.gpus} for share in placement],
             strategy="PACK",
@@ -159,7 +160,7 @@ def alive_nodes() -> list[Node]:
     for node in ray.nodes():
         there = node["Resources"]
         kinds = [name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:")]
-        if node["Alive"]:
+        if node["Alive"] and there.get("CPU"):  # a head that was started with none is to run no jobs
             kind = kinds[0] if kinds else None
             nodes.append(Node(node["NodeID"], int(there.get("CPU", 0)), int(there.get("GPU", 0)), kind))
     return nodes
@@ -172,9 +173,13 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
     Raises:
         InputError: there is none, or it cannot start.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if cluster is Cluster.local:
+        # On Linux Ray listens on all interfaces, and on the loopback alone where it makes no clusters. This asks for
+        # that, if Ray was not imported before.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
         if cluster is Cluster.auto:
@@ -189,6 +194,12 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
                 **quiet,
             )
     except (OSError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS")  # where it is set, Ray does not look for a token of itself
+        if cluster is Cluster.auto and address and isinstance(error, ConnectionError):
+            raise InputError(
+                f"cluster=auto: no Ray cluster at RAY_ADDRESS={address} lets this run in; is it there, and is it given "
+                "its token (RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token)?"
+            ) from error
         if cluster is Cluster.auto and isinstance(error, ConnectionError):
             raise InputError(
                 "cluster=auto: no Ray cluster runs on this machine; start one with 'ray start --head', "

@@ -20,7 +20,7 @@ from runners.config import Cluster, Config
 from runners.config import Executor as ExecutorName
 from runners.estimate import count_macs, counted_as, known_macs, needs
 from runners.execute import Workplace, make_record, weights_are_there
-from runners.executors import Executor, Inline, Processes, workers
+from runners.executors import Executor, Inline, Processes, outline, workers
 from runners.machine import free_gib, this_machine
 from runners.placement import Needs, Node, problem
 from runners.plan import check_models, make_jobs, stages_of
@@ -62,6 +62,7 @@ class Session:
         lost = self._without_weights()
         for job in lost:
             del self.records[job.key]  # `run_job` looks again, and sets the ledger's record aside
+        self.records = {key: outline(record) for key, record in self.records.items()}
         missing = [job for job in self.jobs if job.key not in self.records]
         self.console.print(
             f"[bold]{escape(self.config.suite.title)}[/bold] ({self.config.suite.name}, version "
@@ -109,7 +110,7 @@ class Session:
         rest = [job for job in missing if job.stage != "cost"]
         self.workplace.output.mkdir(parents=True, exist_ok=True)
         self._execute(counter, cost)  # first, so that the plan below knows what each job will take
-        counted = [record for record in self.records.values() if record.stage == "cost" and record.status == "done"]
+        counted = [record for record in self._whole_records() if record.stage == "cost" and record.done]
         if counted:
             self.console.print(cost_table(counted))
         rest = self._without_blocked(rest)
@@ -135,7 +136,7 @@ class Session:
 
         def done(record: Record, messages: Sequence[str]) -> None:
             view.finished(record.key)
-            self.records[record.key] = record
+            self.records[record.key] = outline(record)
             for message in messages:
                 self._tell(message)
             if record.status == "failed":
@@ -214,6 +215,14 @@ class Session:
                 needed |= set(job.depends_on)
         return lost
 
+    def _whole_records(self) -> list[Record]:
+        """What is known of this run's jobs: finished ones as the ledger has them, others as they were met."""
+        finished = Ledger(self.workplace.ledger, self._tell).records(
+            key for key, record in self.records.items() if record.done
+        )
+        whole = self.records | {record.key: record for record in finished}
+        return [whole[job.key] for job in self.jobs if job.key in whole]
+
     def _print_plan(self, missing: list[Job]) -> None:
         if self.config.suite.expected.cost:
             self.console.print(f"Expected: {escape(self.config.suite.expected.cost)}")
@@ -237,7 +246,7 @@ class Session:
     def _close(self, computed: int) -> int:
         from results.tables import closing_table
 
-        records = [self.records[job.key] for job in self.jobs if job.key in self.records]
+        records = self._whole_records()
         if any(record.stage in ("speed", "evaluate") for record in records):
             self.console.print(closing_table(records))
         self._say_who_learnt(records)

@@ -221,7 +221,8 @@ class _Keeper(tune.Callback):
             record = self.ledger.get(ours.key)
         else:  # its scheduler stopped it
             record = self.ledger.put(self._stopped(ours, result))
-            self.workplace.progress(ours.key).unlink(missing_ok=True)
+            for file in (self.workplace.progress(ours.key), self.workplace.claim(ours.key)):
+                file.unlink(missing_ok=True)
             checkpoints.discard(self.workplace.output / "jobs" / ours.key)
         self.finished(ours, record, result.get("messages", ()))
 

@@ -111,7 +111,8 @@ class View:
 
     def _running(self) -> dict[str, dict]:
         states = {}
-        for key in sorted(self.left):
+        written = {path.stem for path in self.progress.glob("*.json")}  # one look, however many jobs wait
+        for key in sorted(self.left & written):
             try:
                 states[key] = json.loads((self.progress / f"{key}.json").read_text())
             except (OSError, ValueError):

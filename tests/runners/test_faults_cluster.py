@@ -1,0 +1,110 @@
+"""What a cluster is trusted with: many jobs, no open port, and no data in a submission; the files in deploy/."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+
+import psutil
+import pytest
+import yaml
+from ray._private import ray_constants
+from ray._private.runtime_env import packaging
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+from tests_support import ROOT
+
+from results.record import Record
+from runners.executors import outline
+
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_many_jobs_and_no_port_that_others_reach():
+    """A few of the thousand jobs of runners.many_jobs, as a real process; what listens meanwhile is looked at."""
+    run = subprocess.Popen(
+        [sys.executable, "-m", "runners.many_jobs", "--jobs", "40", "--trials", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    listening: dict[tuple[str, int], str] = {}
+    while run.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            listening |= sockets(psutil.Process(run.pid))
+        time.sleep(0.5)
+    assert run.returncode == 0
+    figures = dict(re.findall(r"^(.+): (-?[\d.]+) (?:s|MiB)$", run.stdout.read(), re.MULTILINE))
+    assert {"memory after 4", "memory after 40", "overhead", "reading the ledger"} <= figures.keys()
+    assert float(figures["overhead"]) < 1.0
+    assert float(figures["memory after 40"]) - float(figures["memory after 4"]) < 20
+    assert {"gcs_server", "raylet"} <= set(listening.values())
+    assert {address for address, _ in listening} <= LOOPBACK, listening
+
+
+def sockets(process: psutil.Process) -> dict[tuple[str, int], str]:
+    """Where a process and all below it listen, and the name of who does."""
+    found = {}
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            listening = [c.laddr for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            found |= {(address.ip, address.port): each.name() for address in listening}
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_run_keeps_little_of_what_its_jobs_measured():
+    shared = {"key": "a", "stage": "train", "task": "classification", "model": "m", "family": "f"}
+    bulk = {"metrics": {"params": 1.0}, "samples": {"s": [0.5] * 10_000}, "job": {"recipe": {}}, "notes": ["n"] * 100}
+    details = {"by_module": {str(i): 1 for i in range(10_000)}, "looked_in": "here", "how_to_get": "there"}
+    record = Record(**shared, input_size=[32, 32], status="blocked", reason="why", details=details, **bulk)
+    kept = outline(record)
+    assert len(pickle.dumps(kept)) < 1000
+    assert (kept.key, kept.status, kept.reason) == ("a", "blocked", "why")
+    assert kept.details == {"looked_in": "here", "how_to_get": "there"}
+
+
+def test_a_submission_takes_the_code_and_nothing_else(tmp_path):
+    """What `ray job submit --working-dir .` would upload, packed by Ray itself."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, checkout)
+    code = ["runners/run.py", "runners/conf/suite/demo.yaml", "results/ledger.py", "results/published/cost/a.csv"]
+    others = [".git/config", ".ci/run", ".venv/bin/python", "data/ADEChallengeData2016/a.jpg", "runs/demo/report.html"]
+    others += ["mine/ledger/a.json", "mine/jobs/train-a/iter_3.pth", "hivit_base.pth", "weights.safetensors", "a.tar"]
+    for name in [*code, *others]:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("x")
+    packed = tmp_path / "packed.zip"
+    excludes = ray_constants.get_runtime_env_default_excludes()
+    packaging.create_package(str(checkout), packed, include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(packed) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    assert names == {*code, ".gitignore", ".rayignore"}
+
+
+@pytest.mark.parametrize("name", ["ray-cluster.yaml", "rayjob.yaml"])
+def test_ray_takes_the_files_of_deploy(name):
+    content = yaml.safe_load((ROOT / "deploy" / name).read_text())
+    if name == "rayjob.yaml":
+        cluster = content["spec"]["rayClusterSpec"]
+        made = {"metadata": {"name": "a", "namespace": "b"}, "spec": cluster}
+        content = _derive_autoscaling_config_from_ray_cr(made)
+        kinds = content["available_node_types"]
+        assert kinds["headgroup"]["resources"]["CPU"] == 0
+        assert kinds["gpus"]["resources"] | {"GPU": 8} == kinds["gpus"]["resources"]
+        assert cluster["authOptions"] == {"mode": "token"}
+    else:
+        starts = content["head_start_ray_commands"][1], content["worker_start_ray_commands"][1]
+        assert all("RAY_AUTH_MODE=token" in start for start in starts)
+        content = prepare_config(content)
+    validate_config(content)

@@ -1,0 +1,130 @@
+"""A full disk, and a worker that was given up and does not know it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from tests_support import CommandLine
+
+from benchmarks import measure
+from benchmarks.engine import Outcome
+from benchmarks.job import Job
+from results.ledger import Ledger
+from runners import execute
+from runners.execute import Workplace, run_job
+
+# A file system of its own, which the test's process cannot see: the run, the filling and the freeing are all in there.
+INSIDE = textwrap.dedent("""
+    import subprocess, sys, time
+    from pathlib import Path
+
+    output, size, delay, *command = sys.argv[1:]
+    output = Path(output)
+    output.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(output)], check=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not list(output.glob("jobs/train-*/iter_*.pth")):
+        time.sleep(0.01)
+    time.sleep(float(delay))
+    with open(output / "filler", "wb", buffering=0) as filler:
+        for block in (2**16, 2**10, 1):  # to the last byte
+            try:
+                while True:
+                    filler.write(b"0" * block)
+            except OSError:
+                continue
+    errors = run.communicate()[1]
+    print("first", run.returncode, len(list(output.glob("ledger/*.json"))), flush=True)
+    print(errors, flush=True)
+    (output / "filler").unlink()
+    again = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print("again", again.returncode, flush=True)
+    print(again.stdout)
+    subprocess.run(["cp", "-r", str(output / "ledger"), str(output.with_name("kept"))], check=True)
+""")
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+    reason="this machine lets no user mount a file system of their own",
+)
+def test_a_full_disk_stops_a_run_and_loses_nothing(tmp_path):
+    """Full at a random moment of a training: exit status 1 and one line; with space again it goes on."""
+    seed = int(os.environ.get("SEED", random.randrange(10**6)))
+    print(f"SEED={seed}")  # shown by pytest when the test fails
+    delay = random.Random(seed).uniform(0, 0.5)
+    line = CommandLine(tmp_path)
+    one = ["suite.benchmarks.classification.recipe.iterations=300", "suite.benchmarks.segmentation.stages=[cost]"]
+    command = line.command("executor=inline", "models=[test_mit]", "stages=[train]", *one)
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", INSIDE, str(line.output), "30m", str(delay), *command],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, again = done.stdout.split("again ")
+    assert first.startswith("first 1 0\n")  # no record
+    assert "Traceback" not in first
+    (error,) = (text for text in first.splitlines() if text.startswith("error: "))
+    assert str(line.output) in error
+    assert "No space left on device; free some space" in error
+    assert again.startswith("0")
+    ledger = Ledger(tmp_path / "kept")
+    (record,) = ledger.records()
+    assert not ledger.reports
+    assert record.done
+    assert record.details["resumed_from"]
+
+
+@pytest.fixture
+def job(tmp_path) -> tuple[Job, Workplace]:
+    job = Job(stage="cost", task="classification", label="light", model="test_mit", input_size=(32, 32), num_classes=10)
+    return job, Workplace(tmp_path, tmp_path, "test")
+
+
+@pytest.mark.parametrize("said", ["", "Error while serializing: I/O error: No space left on device (os error 28)"])
+def test_a_full_disk_is_no_error_of_the_job(job, monkeypatch, said):
+    """Also where a library has kept only the text."""
+
+    def fill(*arguments):
+        raise RuntimeError(said) from (None if said else OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(measure, "measure", fill)
+    with pytest.raises(OSError, match="No space left") as error:
+        run_job(*job)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(job[1].output))
+    assert not Ledger(job[1].ledger).records()
+
+
+@pytest.mark.parametrize("ends", ["steps", "ends"])
+def test_a_worker_that_was_given_up_writes_nothing_over_its_successor(job, monkeypatch, ends):
+    """Where the file system holds no locks between machines: the successor does the job while the first is at it."""
+    monkeypatch.setattr(execute, "FileLock", lambda path: contextlib.nullcontext(None))
+    monkeypatch.setattr(contextlib.nullcontext, "acquire", lambda self, timeout=None: None, raising=False)
+    monkeypatch.setattr(contextlib.nullcontext, "release", lambda self: None, raising=False)
+    successors = []
+
+    def work(job, context, trained):
+        if not successors:
+            successors.append(None)
+            successors[0] = run_job(job, Workplace(context.output, context.data_root, "successor"))[0]
+            if ends == "steps":
+                context.progress({"fraction": 0.5, "text": "still here"})
+                raise AssertionError("it was not stopped at its next step")
+            return Outcome(metrics={"params": 1})
+        return Outcome(metrics={"params": 2})
+
+    monkeypatch.setattr(measure, "measure", work)
+    record, _ = run_job(*job)
+    assert record.status == "failed"
+    assert "another worker has taken it over" in record.reason
+    assert Ledger(job[1].ledger).records() == successors
+    assert successors[0].metrics == {"params": 2}
