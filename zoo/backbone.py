@@ -291,6 +291,7 @@ def check_size(img_size: Any) -> tuple[int, int]:
 def check_fields(config: Any) -> None:
     """Check the types of a config's fields against those of their defaults; sequences become tuples.
 
+    An empty tuple as the default stands for any number of ints.
     `img_size`, which has several forms, is left to `check_size`.
 
     Raises:
@@ -303,8 +304,8 @@ def check_fields(config: Any) -> None:
         if isinstance(default, bool):
             fits, wanted = isinstance(value, bool), "True or False"
         elif isinstance(default, tuple):
-            fits = isinstance(value, Sequence) and len(value) == len(default) and all(map(_is_int, value))
-            wanted = f"{len(default)} ints"
+            fits = isinstance(value, Sequence) and all(map(_is_int, value)) and len(default) in (0, len(value))
+            wanted = f"{len(default) or 'any number of'} ints"
             if fits:
                 object.__setattr__(config, field.name, tuple(value))
         elif isinstance(default, float):

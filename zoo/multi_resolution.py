@@ -77,13 +77,13 @@ class Bottleneck(nn.Module):
 class Fusion(nn.ModuleList):
     """Adds every branch into every other: output i = activation(sum over j of path[i][j](branch j)).
 
-    A list (outputs) of lists (inputs) of paths. Paths from lower resolutions (j > i) end at their input's size and are
-    then enlarged by `upsample(x, factor, size)` to that of branch i.
+    A list (outputs) of lists (inputs) of paths, None where there is none. Paths from lower resolutions (j > i) end at
+    their input's size and are then enlarged by `upsample(x, factor, size)` to that of branch i.
     """
 
     def __init__(
         self,
-        paths: Sequence[Sequence[nn.Module]],
+        paths: Sequence[Sequence[nn.Module | None]],
         activation: Callable[[Tensor], Tensor],
         upsample: Callable[[Tensor, int, Size], Tensor],
     ):
@@ -104,6 +104,8 @@ class Fusion(nn.ModuleList):
     def _fuse(self, i: int, branches: list[Tensor]) -> Tensor:
         total = None
         for j, (path, branch) in enumerate(zip(self[i], branches, strict=True)):
+            if path is None:
+                continue
             x = path(branch)
             if j > i:
                 x = self.upsample(x, 2 ** (j - i), tuple(branches[i].shape[-2:]))
