@@ -40,6 +40,15 @@ class PlainFeedForward(nn.Module):
         return activated_linear("gelu", self.fc2.weight, self.fc2.bias, x)
 
 
+class ConvBlock(SwinTransformerBlock):
+    """timm's block with a feed-forward network that takes maps, not tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map (B, H, W, C) -> the same."""
+        x = x + self.drop_path1(self._attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
 class SwinVariant(SwinTransformer):
     """timm's Swin with two more arguments and any image size; the others are timm's.
 
@@ -61,6 +70,7 @@ class SwinVariant(SwinTransformer):
                 block.target_shift_size = block.shift_size = (0, 0)
                 block.attn_mask = None
             if depthwise_ffn:
+                block.__class__ = ConvBlock  # timm's stage builds its blocks itself
                 dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
                 block.mlp = (NormedFeedForward if normed_ffn else PlainFeedForward)(dim, hidden)
 
