@@ -120,7 +120,7 @@ _HOOKED_TEXT = (
 HRVIT = Convention(
     "hrvit",
     f"HRViT, Tables 3 to 7, 9 and S9: {_HOOKED_TEXT} and bilinear resizing; of the two attention products only one, "
-    "over stripes padded to their full width (in HRNet-MiT both, as in SegFormer's own figures). Not counted: batch norms "
+    "over stripes padded to their full width (of HRNet-MiT's both, as SegFormer counts). Not counted: batch norms "
     "(synchronised ones are unknown to the counter), GELU, Hardswish, softmax, additions.",
     hrvit,
 )
