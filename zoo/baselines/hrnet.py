@@ -1,9 +1,10 @@
 """Deep High-Resolution Representation Learning for Visual Recognition (HRNet; Wang et al., TPAMI 2020).
 
-Paper: https://arxiv.org/abs/1908.07919 (section 3). HRNet-T, S and B are the networks of HRFormer's Table 11. HRNet-MiT and
-HRNet-CSWin are the "vanilla" networks of HRViT's Table 6, HRNetV2 with other papers' transformer blocks, of which that
-paper gives no layout: this is the one whose costs are nearest to the printed ones (2 % root mean square over all twelve
-numbers), and it reproduces all six differences between the two kinds of blocks, which cancel what they share.
+Paper: https://arxiv.org/abs/1908.07919 (section 3). HRNet-T, S and B are the networks of HRFormer's Table 11.
+HRNet-MiT and HRNet-CSWin are the "vanilla" networks of HRViT's Table 6, HRNetV2 with other papers' transformer blocks,
+of which that paper gives no layout: this is the one whose costs are nearest to the printed ones (2 % root mean square
+over all twelve numbers), and it reproduces all six differences between the two kinds of blocks, which cancel what they
+share.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Swin Transformer: Hierarchical Vision Transformer using Shifted Windows (Liu et al., ICCV 2021): variants of timm's.
 
-Paper: https://arxiv.org/abs/2103.14030 (section 3). HRFormer's Table 8 compares Swin-T with one whose windows are not shifted
-("IntraWin-T"), both with and without the 3x3 depth-wise convolution of HRFormer in the feed-forward networks. Swin-T
-itself is timm's `swin_tiny_patch4_window7_224`.
+Paper: https://arxiv.org/abs/2103.14030 (section 3). HRFormer's Table 8 compares Swin-T with one whose windows are not
+shifted ("IntraWin-T"), both with and without the 3x3 depth-wise convolution of HRFormer in the feed-forward networks.
+Swin-T itself is timm's `swin_tiny_patch4_window7_224`.
 """
 
 from typing import Any
