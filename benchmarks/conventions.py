@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.cost import Cost
 from benchmarks.trace import Trace
 from zoo.backbone import Backbone
+from zoo.baselines.hrnet import ReducedAttention
 from zoo.hrformer import ConvFeedForward, HRFormer, WindowAttention
 from zoo.hrvit import CrossAttention
 
@@ -49,6 +50,8 @@ def hrvit(model: nn.Module, cost: Cost) -> int:
                     if rest := across % module.width:
                         # Either direction has half of the channels; of its two products one is counted.
                         total += calls * channels // 2 * ((module.width * along) ** 2 - (rest * along) ** 2)
+        elif isinstance(module, ReducedAttention):  # SegFormer's own formula has both products
+            total += trace.at(path, *PRODUCT).macs // 2
     return total
 
 
@@ -117,8 +120,8 @@ _HOOKED_TEXT = (
 HRVIT = Convention(
     "hrvit",
     f"HRViT, Tables 3 to 7, 9 and S9: {_HOOKED_TEXT} and bilinear resizing; of the two attention products only one, "
-    "over stripes padded to their full width. Not counted: batch norms (synchronised ones are unknown to the counter), "
-    "GELU, Hardswish, softmax, additions.",
+    "over stripes padded to their full width (of HRNet-MiT's both, as SegFormer counts). Not counted: batch norms "
+    "(synchronised ones are unknown to the counter), GELU, Hardswish, softmax, additions.",
     hrvit,
 )
 HRFORMER = Convention(

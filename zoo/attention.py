@@ -36,16 +36,21 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         return self.proj(self.attend(qkv, grid).transpose(1, 2).reshape(b, n, c))
 
-    def attend(self, qkv: Tensor, grid: Grid | None = None) -> Tensor:
-        """Queries, keys and values (3, B, heads, N, head width) -> (B, heads, N, head width)."""
+    def attend(self, qkv: Tensor, grid: Grid | None = None, mask: Tensor | None = None) -> Tensor:
+        """Queries, keys and values (3, B, heads, N, head width) -> (B, heads, N, head width).
+
+        A `mask` (B, 1, N, N) is added to the logits.
+        """
         if self._fuse(qkv):
             q, k, v = qkv.unbind(0)
             table = self.relative_position_bias_table
             bias = None if table is None else self._bias(table, grid, q.dtype)[None]
+            if mask is not None:
+                bias = mask.to(q.dtype) if bias is None else bias + mask.to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         if qkv.shape[3] >= RECOMPUTE_MIN_TOKENS:  # autograd would keep the attention maps
-            return recompute(lambda qkv: self._explicit(qkv, grid), qkv)
-        return self._explicit(qkv, grid)
+            return recompute(lambda qkv: self._explicit(qkv, grid, mask), qkv)
+        return self._explicit(qkv, grid, mask)
 
     def _fuse(self, qkv: Tensor) -> bool:
         """Whether torch's fused kernel wins; on a CPU it has no backward pass for the bias and needs many tokens."""
@@ -53,13 +58,15 @@ class Attention(nn.Module):
         trains_bias = table is not None and table.requires_grad and torch.is_grad_enabled()
         return use_fused_attn() and (not qkv.is_cpu or (qkv.shape[3] >= FUSED_MIN_TOKENS and not trains_bias))
 
-    def _explicit(self, qkv: Tensor, grid: Grid | None) -> Tensor:
+    def _explicit(self, qkv: Tensor, grid: Grid | None, mask: Tensor | None = None) -> Tensor:
         q, k, v = qkv.unbind(0)
         logits = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
         if self.relative_position_bias_table is not None:
             bias = self._bias(self.relative_position_bias_table, grid, logits.dtype)
             # In its own memory, which is much; a batch of biases (`torch.func.vmap`) would not fit in there.
             logits = logits + bias if torch._C._are_functorch_transforms_active() else logits.add_(bias)
+        if mask is not None:
+            logits = logits + mask.to(logits.dtype)
         return logits.softmax(-1).to(v.dtype) @ v
 
     def _bias(self, table: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zoo.backbone import build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
+from zoo.hivit import Mlp
 from zoo.lean import activated_linear, can_fold, depthwise, fold
 from zoo.multi_resolution import STRIDES, ClassificationHead, Fusion, MultiResolution, Normed, Size, Stem, conv_norm
 from zoo.norm import BatchNorm1d
@@ -32,7 +33,11 @@ STEM_WIDTHS = (32, 64)  # channels of the stem's two convolutions, in all varian
 
 @dataclass(frozen=True)
 class HRViTConfig:
-    """What an HRViT is made of (Table 2). Raises ZooError for impossible values."""
+    """What an HRViT is made of (Table 2). Raises ZooError for impossible values.
+
+    Each row of Table 5 sets one of the fields from `key_value_sharing` to `diverse_shortcut` to False, in their order,
+    and its last row ("All block opt.") all seven. Table 7 is `window_size`, Table 8 `third_branch_blocks`.
+    """
 
     channels: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the branches, strides 4 to 32
     num_modules: tuple[int, int, int, int] = (1, 1, 2, 2)  # per stage; a stage has one branch more than the last
@@ -41,6 +46,16 @@ class HRViTConfig:
     head_dim: int = 32  # channels of an attention head
     window_size: int | tuple[int, int, int, int] = (1, 2, 7, 7)  # tokens, a stripe's width: one, or one per branch
     mlp_ratio: tuple[int, int, int, int] = (4, 4, 4, 4)  # hidden width over width of MixCFN, per branch
+    key_value_sharing: bool = True  # the values are the keys, too; else queries, keys and values are projected apart
+    efficient_patch_embed: bool = True  # point-wise and depth-wise convolution; else one dense 3x3 convolution
+    mix_cfn: bool = True  # 3x3 and 5x5 depth-wise convolutions in the feed-forward networks; else linear layers alone
+    parallel_conv: bool = True  # Hardswish and depth-wise convolution of the values beside the attention
+    attention_nonlinearity: bool = True  # Hardswish before attention's projection and BatchNorm after it
+    dense_fusion: bool = True  # every branch is added to every other; else to its neighbours alone
+    diverse_shortcut: bool = True  # the shortcut beside the attention
+    linear_conv: bool = False  # of the values, without a Hardswish, where `parallel_conv` is False: as in CSWin
+    # Of the third branch, one number per module that has it, in place of those in `num_blocks` and `last_blocks`.
+    third_branch_blocks: tuple[int, ...] = ()
     drop_path_rate: float = 0.1  # stochastic depth of the last block; grows linearly from 0
     dense_init: bool = False  # linear layers start as in the published dense networks: std 0.02, no bias
     head_widths: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the classifier's bottlenecks, which give 4 times
@@ -62,6 +77,11 @@ class HRViTConfig:
         for name in ("head_dim", "head_features"):
             if getattr(self, name) < 1:
                 raise ZooError(f"{name}={getattr(self, name)} must be positive")
+        if self.linear_conv and self.parallel_conv:
+            raise ZooError("linear_conv=True takes the place of the parallel path: it needs parallel_conv=False")
+        thirds, modules = self.third_branch_blocks, sum(self.num_modules[2:])
+        if thirds and (len(thirds) != modules or min(thirds) < 1):
+            raise ZooError(f"third_branch_blocks={thirds} must be {modules} positive ints: one per module that has it")
         for dim in self.channels:
             if dim % 2 or dim % shortcut_columns(dim):
                 raise ZooError(f"channels={self.channels}: {dim} is not even, or no multiple of its shortcut's columns")
@@ -89,44 +109,55 @@ class CrossAttention(nn.Module):
     padding; here the last stripe is narrower, which is the same.
     """
 
-    def __init__(self, dim: int, heads: int, width: int):
+    def __init__(self, dim: int, heads: int, width: int, cfg: HRViTConfig | None = None):
         super().__init__()
+        cfg = HRViTConfig() if cfg is None else cfg
         self.heads = heads
         self.width = width
-        self.qv = nn.Linear(dim, 2 * dim)  # the values are the keys, too
-        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.parts = 2 if cfg.key_value_sharing else 3  # shared: the values are the keys, too
+        self.qv = nn.Linear(dim, self.parts * dim)
+        self.local: nn.Conv2d | None = None
+        self.local_activation = "hardswish" if cfg.parallel_conv else None
+        if cfg.parallel_conv or cfg.linear_conv:
+            self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm = BatchNorm1d(dim)
-        # The paper starts from an identity projection; the published code from zero: the shortcut alone.
-        nn.init.zeros_(self.norm.weight)
+        self.norm: BatchNorm1d | None = None
+        if cfg.attention_nonlinearity:
+            self.norm = BatchNorm1d(dim)
+            # The paper starts from an identity projection; the published code from zero: the shortcut alone.
+            nn.init.zeros_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        q_rows, q_columns, v_rows, v_columns = self.qv(x).chunk(4, -1)
-        rows = self._attend(q_rows, v_rows)
-        columns = self._attend(q_columns.transpose(1, 2), v_columns.transpose(1, 2)).transpose(1, 2)
-        weights, biases = self.local.weight.chunk(2), self.local.bias.chunk(2)
-        mixed = []
-        for attended, v, weight, bias in zip((rows, columns), (v_rows, v_columns), weights, biases, strict=True):
-            local = depthwise(v.permute(0, 3, 1, 2), weight, bias, "hardswish").permute(0, 2, 3, 1)
-            mixed.append(local + attended)
+        parts = self.qv(x).chunk(2 * self.parts, -1)  # queries, (keys,) values: each for rows, then for columns
+        rows = self._attend(*parts[::2])
+        columns = self._attend(*(part.transpose(1, 2) for part in parts[1::2])).transpose(1, 2)
+        mixed = [rows, columns]
+        if self.local is not None:
+            weights, biases = self.local.weight.chunk(2), self.local.bias.chunk(2)
+            for i, (v, weight, bias) in enumerate(zip(parts[-2:], weights, biases, strict=True)):
+                local = depthwise(v.permute(0, 3, 1, 2), weight, bias, self.local_activation).permute(0, 2, 3, 1)
+                mixed[i] = local + mixed[i]
+        if self.norm is None:
+            return self.proj(torch.cat(mixed, -1))
         # The paper has the Hardswish after the projection; the published code before it.
         if can_fold(self.proj, self.norm, x):
             return activated_linear("hardswish", *fold(self.proj, self.norm), *mixed)
         x = activated_linear("hardswish", self.proj.weight, self.proj.bias, *mixed)
         return self.norm(x.flatten(0, 2)).view(x.shape)
 
-    def _attend(self, q: Tensor, v: Tensor) -> Tensor:
-        """Attention inside stripes of rows: queries and values (B, H, W, C / 2) -> (B, H, W, C / 2)."""
+    def _attend(self, q: Tensor, *kv: Tensor) -> Tensor:
+        """Attention inside stripes of rows: queries, keys and values (or both in one), (B, H, W, C / 2) -> the same."""
         whole = q.shape[1] - q.shape[1] % self.width
         parts = []
         for begin, end, width in ((0, whole, self.width), (whole, q.shape[1], q.shape[1] - whole)):
             if begin < end:
-                query, value = (self._stripes(t[:, begin:end], width) for t in (q, v))
+                query, *both = (self._stripes(t[:, begin:end], width) for t in (q, *kv))
+                key, value = both[0], both[-1]
                 if use_fused_attn():
-                    out = F.scaled_dot_product_attention(query, value, value)
+                    out = F.scaled_dot_product_attention(query, key, value)
                 else:
-                    logits = (query * query.shape[-1] ** -0.5) @ value.transpose(-2, -1)
+                    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
                     out = logits.softmax(-1).to(value.dtype) @ value
                 parts.append(out.transpose(1, 2).reshape(q.shape[0], end - begin, *q.shape[2:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -188,33 +219,42 @@ class MixFeedForward(nn.Module):
 class Block(nn.Module):
     """HRViT block (section 2.2): attention beside the shortcut, then the feed-forward network."""
 
-    def __init__(self, dim: int, width: int, mlp_ratio: int, head_dim: int, drop_path: float):
+    def __init__(self, dim: int, width: int, mlp_ratio: int, cfg: HRViTConfig, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = CrossAttention(dim, num_heads(dim, head_dim), width)
-        self.shortcut = DiverseShortcut(dim)
+        self.attn = CrossAttention(dim, num_heads(dim, cfg.head_dim), width, cfg)
+        self.shortcut = DiverseShortcut(dim) if cfg.diverse_shortcut else None
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MixFeedForward(dim, dim * mlp_ratio)
+        self.mlp = MixFeedForward(dim, dim * mlp_ratio) if cfg.mix_cfn else Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, H, W, C) -> the same."""
-        x = x + self.drop_path(self.attn(self.norm1(x)) + self.shortcut(x))
+        mixed = self.attn(self.norm1(x))
+        x = x + self.drop_path(mixed if self.shortcut is None else mixed + self.shortcut(x))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
-    """Efficient patch embedding (section 2.2): point-wise and depth-wise convolution, LayerNorm."""
+    """Efficient patch embedding (section 2.2): point-wise and depth-wise convolution, LayerNorm.
 
-    def __init__(self, dim: int, out: int):
+    If not `efficient`, one dense convolution takes the place of both.
+    """
+
+    def __init__(self, dim: int, out: int, efficient: bool):
         super().__init__()
-        self.pw = nn.Conv2d(dim, out, 1)
-        self.dw3x3 = nn.Conv2d(out, out, 3, padding=1, groups=out)
+        self.efficient = efficient
+        if efficient:
+            self.pw = nn.Conv2d(dim, out, 1)
+            self.dw3x3 = nn.Conv2d(out, out, 3, padding=1, groups=out)
+        else:
+            self.conv3x3 = nn.Conv2d(dim, out, 3, padding=1)
         self.norm = nn.LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, C, H, W) -> (B, H, W, out)."""
-        return self.norm(self.dw3x3(self.pw(x)).permute(0, 2, 3, 1))
+        x = self.dw3x3(self.pw(x)) if self.efficient else self.conv3x3(x)
+        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class Module(nn.Module):
@@ -223,12 +263,12 @@ class Module(nn.Module):
     def __init__(self, cfg: HRViTConfig, ins: Sequence[int], blocks: Sequence[int], rates: Sequence[float]):
         super().__init__()
         outs = cfg.channels[: len(ins)]
-        self.patch_embed = nn.ModuleList(PatchEmbed(dim, out) for dim, out in zip(ins, outs, strict=True))
+        self.patch_embed = nn.ModuleList(
+            PatchEmbed(dim, out, cfg.efficient_patch_embed) for dim, out in zip(ins, outs, strict=True)
+        )
         # The blocks of a short branch have the first, lowest rates of the module.
         self.branches = nn.ModuleList(
-            nn.ModuleList(
-                Block(dim, cfg.window_size[i], cfg.mlp_ratio[i], cfg.head_dim, rate) for rate in rates[: blocks[i]]
-            )
+            nn.ModuleList(Block(dim, cfg.window_size[i], cfg.mlp_ratio[i], cfg, rate) for rate in rates[: blocks[i]])
             for i, dim in enumerate(outs)
         )
         self.norm = nn.ModuleList(nn.LayerNorm(dim) for dim in outs)
@@ -261,9 +301,15 @@ def fusion_path(channels: Sequence[int], source: int, target: int) -> nn.Module:
     return Normed(*conv_norm(dim, dim, stride + 1, stride, groups=dim), *conv_norm(dim, out, bias=True))
 
 
-def fusion(channels: Sequence[int], sources: int, targets: int) -> Fusion:
-    """Cross-resolution fusion (Figure 4), with the GELU at its end that the paper does not show."""
-    paths = [[fusion_path(channels, j, i) for j in range(sources)] for i in range(targets)]
+def fusion(channels: Sequence[int], sources: int, targets: int, dense: bool) -> Fusion:
+    """Cross-resolution fusion (Figure 4), with the GELU at its end that the paper does not show.
+
+    If not `dense`, there are paths between neighbours alone; a new branch has one, from the lowest of the others.
+    """
+    paths = [
+        [fusion_path(channels, j, i) if dense or abs(i - j) <= 1 else None for j in range(sources)]
+        for i in range(targets)
+    ]
     return Fusion(paths, F.gelu, upsample_cropped)
 
 
@@ -293,13 +339,13 @@ class HRViT(MultiResolution):
         self.config = cfg
         self.num_features = self.head_hidden_size = cfg.head_features
         self.stem = Stem(in_chans, *STEM_WIDTHS, bias=True)
-        counts = [stage + 1 for stage, modules in enumerate(cfg.num_modules) for _ in range(modules)]  # of branches
         self.features = nn.ModuleList()  # fusion and module in turn, as in the published checkpoints
-        for m, (count, rates) in enumerate(zip(counts, drop_path_rates(cfg), strict=True)):
-            ins = cfg.channels[:count] if m else STEM_WIDTHS[1:]
-            blocks = cfg.last_blocks if m == len(counts) - 1 else cfg.num_blocks
-            self.features.append(fusion(cfg.channels, counts[m - 1] if m else 1, count))
+        before = 1  # branches
+        for m, (blocks, rates) in enumerate(zip(module_blocks(cfg), drop_path_rates(cfg), strict=True)):
+            ins = cfg.channels[: len(blocks)] if m else STEM_WIDTHS[1:]
+            self.features.append(fusion(cfg.channels, before, len(blocks), cfg.dense_fusion))
             self.features.append(Module(cfg, ins, blocks, rates))
+            before = len(blocks)
         self.feature_info = [
             {"num_chs": channels, "reduction": stride, "module": f"features.{len(self.features) - 1}.norm.{i}"}
             for i, (channels, stride) in enumerate(zip(cfg.channels, STRIDES, strict=True))
@@ -367,10 +413,19 @@ PUBLISHED_NAMES = [
 ]
 
 
+def module_blocks(cfg: HRViTConfig) -> list[list[int]]:
+    """The number of blocks of every branch, module by module."""
+    blocks = [list(cfg.num_blocks[: i + 1]) for i, modules in enumerate(cfg.num_modules) for _ in range(modules)]
+    blocks[-1] = list(cfg.last_blocks)
+    if cfg.third_branch_blocks:
+        for branches, third in zip(blocks[-len(cfg.third_branch_blocks) :], cfg.third_branch_blocks, strict=True):
+            branches[2] = third
+    return blocks
+
+
 def drop_path_rates(cfg: HRViTConfig) -> list[list[float]]:
     """Stochastic depth of each module's blocks, linear from 0; the branches of a module share their rates."""
-    depths = [max(cfg.num_blocks[: i + 1]) for i, modules in enumerate(cfg.num_modules) for _ in range(modules)]
-    depths[-1] = max(cfg.last_blocks)
+    depths = [max(blocks) for blocks in module_blocks(cfg)]
     rates = iter([cfg.drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
     return [[next(rates) for _ in range(depth)] for depth in depths]
 

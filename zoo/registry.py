@@ -39,6 +39,8 @@ _FAMILIES = {
     "efficientnet": "EfficientNet",
     "hiera": "Hiera",
     "hrnet": "HRNet",
+    "hrnet_cswin": "HRNet-ViT",
+    "hrnet_mit": "HRNet-ViT",
     "maxvit": "MaxViT",
     "maxxvit": "MaxViT",
     "mvitv2": "MViTv2",

@@ -50,8 +50,9 @@ def test_what_ties_a_row_to_a_record(rows):
     assert rows["hivit", "9", 1].config == {"depths": [0, 0, 24]}
     assert [rows["hivit", "1", n].texts["dataset"] for n in (7, 8, 9)] == ["ImageNet-1K", "COCO", "ADE20K"]
     assert {rows["hivit", "1", n].printed for n in (7, 8, 9)} == {"3"}
-    default, ablation, pose = rows["hrvit", "5", 1], rows["hrvit", "5", 3], rows["hrformer", "3", 8]
-    assert (default.buildable, ablation.buildable, pose.buildable) == (True, False, False)
+    assert rows["hrvit", "5", 3].config == {"key_value_sharing": False}
+    default, unknown, pose = rows["hrvit", "5", 1], rows["hrformer", "6", 16], rows["hrformer", "3", 8]
+    assert (default.buildable, unknown.buildable, pose.buildable) == (True, False, False)
     assert rows["hivit", "3", 22].trainable
     assert not rows["hivit", "4", 8].trainable  # pre-trained without labels
 

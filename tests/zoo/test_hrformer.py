@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, set_fused_attn
+from timm.models.swin_transformer import SwinTransformerBlock
 
 import zoo
 from benchmarks.cost import count
-from zoo.hrformer import WindowAttention
 from zoo.multi_resolution import upsample_bilinear, upsample_nearest
+from zoo.windows import ShiftedWindowAttention, WindowAttention
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -212,6 +213,62 @@ def test_attention_written_out(window):
     top, left = pads[0] // 2, pads[1] // 2
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected[:, top : top + size[0], left : left + size[1]])
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 12), (4, 4), (20, 16)])
+def test_shifted_windows_are_swin_s(size):
+    """timm's block with its windows shifted by half; where a side is one window, not along that side."""
+    heads, dim, window = 2, 8, 4
+    ours = ShiftedWindowAttention(dim, heads, window).double().eval()
+    theirs = SwinTransformerBlock(dim, size, heads, window_size=window, shift_size=window // 2).double().eval()
+    weights = {name: torch.randn_like(value) for name, value in ours.attn.state_dict().items()}
+    ours.attn.load_state_dict(weights)
+    theirs.attn.load_state_dict(weights, strict=False)
+    x = torch.randn(2, *size, dim, dtype=torch.float64)
+    with torch.no_grad():
+        expected = theirs._attn(x)
+        torch.testing.assert_close(ours(x), expected)
+        plain = WindowAttention(dim, heads, window).double().eval()
+        plain.attn.load_state_dict(weights)
+        assert torch.allclose(plain(x), expected) == (size == (4, 4))
+
+
+def test_shifted_windows_agree_fused_and_explicit():
+    """Padded maps, too; windows of 17 are large enough for the fused product."""
+    module = ShiftedWindowAttention(8, 2, 17).eval()
+    torch.nn.init.normal_(module.attn.relative_position_bias_table)
+    with torch.no_grad():
+        fused = module(x := torch.randn(2, 30, 40, 8))
+        set_fused_attn(False)
+        try:
+            torch.testing.assert_close(module(x), fused)
+        finally:
+            set_fused_attn(True)
+
+
+def test_row_of_table_9():
+    """Without the convolution, every second block of a branch with shifted windows: the cost of Table 7's row."""
+    with torch.device("meta"):
+        model = zoo.create_model("hrformer_tiny", depthwise_ffn=False, shifted_windows=True)
+    cost = count(model, (3, 224, 224))
+    assert (cost.params, cost.macs) == (7_942_508, 1_665_357_508)
+    shifted = [
+        [isinstance(block.attn, ShiftedWindowAttention) for block in branch]
+        for module in (*model.stage2, *model.stage3, *model.stage4)
+        for branch in module.branches
+    ]
+    assert shifted == [[False, True]] * len(shifted)
+
+
+def test_without_the_convolution_and_with_shifts_it_trains():
+    options = {"depthwise_ffn": False, "shifted_windows": True, "num_blocks": (1, 2, 2, 2)}
+    model = zoo.create_model("test_hrformer", num_classes=3, drop_path_rate=0.0, **options).train()
+    model(x := torch.rand(2, 3, 72, 96)).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    other = zoo.create_model("test_hrformer", num_classes=3, **options)
+    assert zoo.load_published(other, model.to_published(model.state_dict())).complete
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(x), model.eval()(x))
 
 
 def test_upsampling_resamples_only_where_sizes_do_not_divide():

@@ -7,7 +7,7 @@ from timm.layers import DropPath
 
 import zoo
 from benchmarks.cost import count
-from zoo.hrvit import CrossAttention, DiverseShortcut, shortcut_columns, upsample_cropped
+from zoo.hrvit import CrossAttention, DiverseShortcut, HRViTConfig, fusion, shortcut_columns, upsample_cropped
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -124,16 +124,87 @@ def test_macs_are_the_published_ones_less_the_padding(name, size, window, publis
     assert (count(model, (3, size, size)).macs + padding) / 1e9 == pytest.approx(published, rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [(4, 6), (7, 5), (2, 9)])
-def test_attention_written_out(size):
+# Table 5 with the SegFormer head, 19 classes, 512 x 512: parameters and MACs, those of the published code's padding in
+# them. The same is left out everywhere here, and the head is the same.
+TABLE_5 = {
+    (): (8_149_451, 15_211_675_648),
+    ("key_value_sharing",): (8_769_995, 15_798_878_208),
+    ("efficient_patch_embed",): (9_928_139, 17_581_588_480),
+    ("mix_cfn",): (7_854_539, 14_712_553_472),
+    ("parallel_conv",): (8_108_491, 15_145_615_360),
+    ("attention_nonlinearity",): (8_141_259, 15_211_675_648),
+    ("dense_fusion",): (8_029_643, 15_158_018_048),
+    ("diverse_shortcut",): (8_139_123, 15_081_652_224),
+}
+PARTS = tuple(name for row in TABLE_5 for name in row)
+TABLE_5[PARTS] = (10_074_483, 17_419_927_552)
+HEAD_AND_PADDING = (391_443, 4_626_317_312 + 196_608_000)
+
+
+@pytest.mark.parametrize("left_out", TABLE_5, ids=" ".join)
+def test_rows_of_table_5(left_out):
+    cost = count(build_empty("hrvit_b1", features_only=True, **dict.fromkeys(left_out, False)), (3, 512, 512))
+    added = tuple(own + other for own, other in zip((cost.params, cost.macs), HEAD_AND_PADDING, strict=True))
+    assert added == TABLE_5[left_out]
+
+
+@pytest.mark.parametrize(("third", "depth"), [((6, 6, 6, 2), 22), ((8, 8, 2, 2), 22), ((9, 9, 1, 1), 24)])
+def test_rows_of_table_8(third, depth):
+    """The paper's 20 blocks on the third branch, shared out otherwise: the same network but for the drop path."""
+    model = build_empty("hrvit_b1", third_branch_blocks=third, drop_path_rate=0.3)
+    assert sum(p.numel() for p in model.parameters()) == COUNTS["hrvit_b1"][0]
+    assert tuple(len(module.branches[2]) for module in model.features[5::2]) == third
+    last = model.features[-1].branches  # its rates are the schedule's last; the longest branch has all of them
+    rates = [block.drop_path.drop_prob for block in max(last, key=len)]
+    assert rates == pytest.approx(torch.linspace(0, 0.3, depth)[-len(rates) :].tolist(), abs=1e-7)
+    assert build_empty("hrvit_b1").config.third_branch_blocks == ()
+
+
+@pytest.mark.parametrize("left_out", [(name,) for name in PARTS] + [PARTS], ids=" ".join)
+def test_without_its_parts_it_trains(left_out):
+    options = dict.fromkeys(left_out, False)
+    model = zoo.create_model("test_hrvit", num_classes=3, **options)
+    model(torch.rand(2, 3, 40, 64)).square().mean().backward()
+    # Where the batch norm starts from zero, nothing behind it has a gradient but zero.
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    report = zoo.load_published(zoo.create_model("test_hrvit", **options), model.to_published(model.state_dict()))
+    assert not report.missing
+
+
+def test_sparse_fusion_joins_neighbours_alone():
+    paths = [[path is not None for path in row] for row in fusion((4, 8, 16, 32), 3, 4, dense=False)]
+    assert paths == [[True, True, False], [True, True, True], [False, True, True], [False, False, True]]
+    branches = [torch.rand(1, c, s, s) for c, s in ((4, 8), (8, 4), (16, 2))]
+    fused = fusion((4, 8, 16), 3, 3, dense=False).eval()
+    before = fused(branches)
+    branches[2] += 1
+    after = fused(branches)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+ATTENTIONS = [
+    {},
+    {"key_value_sharing": False},
+    {"parallel_conv": False},
+    {"parallel_conv": False, "linear_conv": True},
+    {"attention_nonlinearity": False},
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "options"), [*(((4, 6), o) for o in ATTENTIONS), ((7, 5), {}), ((2, 9), {}), ((7, 5), ATTENTIONS[1])]
+)
+def test_attention_written_out(size, options):
     """Tokens see their stripe alone, as the published mask has it: rows for half of the channels, then columns."""
     dim, heads, width = 8, 2, 3
-    module = CrossAttention(dim, heads, width).double().eval()
+    module = CrossAttention(dim, heads, width, HRViTConfig(**options)).double().eval()
     w = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in module.state_dict().items()}
     module.load_state_dict(w)
     x = torch.randn(2, *size, dim, dtype=torch.float64)
     tokens = x.flatten(1, 2)
-    q, v = (tokens @ w["qv.weight"].T + w["qv.bias"]).chunk(2, -1)
+    projected = tokens @ w["qv.weight"].T + w["qv.bias"]
+    q, k, v = projected[..., :dim], projected[..., dim : 2 * dim], projected[..., -dim:]
     index = torch.arange(size[0] * size[1])
     expected = torch.zeros_like(v)
     for direction, stripe in enumerate((index // size[1] // width, index % size[1] // width)):
@@ -141,13 +212,19 @@ def test_attention_written_out(size):
         for head in range(heads):
             first = direction * dim // 2 + head * 2
             part = slice(first, first + 2)
-            logits = q[..., part] @ v[..., part].transpose(1, 2) * 2**-0.5 + mask
+            logits = q[..., part] @ k[..., part].transpose(1, 2) * 2**-0.5 + mask
             expected[..., part] = logits.softmax(-1) @ v[..., part]
-    local = F.hardswish(v).unflatten(1, size).permute(0, 3, 1, 2)
-    local = F.conv2d(local, w["local.weight"], w["local.bias"], padding=1, groups=dim).flatten(2).transpose(1, 2)
-    expected = F.hardswish(expected + local) @ w["proj.weight"].T + w["proj.bias"]
-    expected = (expected - w["norm.running_mean"]) / (w["norm.running_var"] + 1e-5).sqrt()
-    expected = expected * w["norm.weight"] + w["norm.bias"]
+    assert ("local.weight" in w) == (options.get("parallel_conv", True) or "linear_conv" in options)
+    if "local.weight" in w:
+        local = (v if "linear_conv" in options else F.hardswish(v)).unflatten(1, size).permute(0, 3, 1, 2)
+        local = F.conv2d(local, w["local.weight"], w["local.bias"], padding=1, groups=dim)
+        expected = expected + local.flatten(2).transpose(1, 2)
+    plain = "attention_nonlinearity" in options
+    expected = (expected if plain else F.hardswish(expected)) @ w["proj.weight"].T + w["proj.bias"]
+    assert ("norm.weight" in w) != plain
+    if not plain:
+        expected = (expected - w["norm.running_mean"]) / (w["norm.running_var"] + 1e-5).sqrt()
+        expected = expected * w["norm.weight"] + w["norm.bias"]
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected.unflatten(1, size))
 
@@ -209,6 +286,11 @@ def test_initialisation():
         ({"drop_path_rate": 1.0}, ["drop_path_rate=1.0"]),
         ({"img_size": 16}, ["img_size", "32"]),
         ({"windows": 7}, ["windows", "window_size"]),
+        ({"mix_cfn": 0}, ["mix_cfn=0", "True or False"]),
+        ({"linear_conv": True}, ["linear_conv=True", "parallel_conv=False"]),
+        ({"third_branch_blocks": (6, 6, 6)}, ["third_branch_blocks=(6, 6, 6)", "4 positive ints"]),
+        ({"third_branch_blocks": (20, 0, 0, 0)}, ["third_branch_blocks=(20, 0, 0, 0)", "4 positive ints"]),
+        ({"third_branch_blocks": 6}, ["third_branch_blocks=6", "ints"]),
     ],
 )
 def test_impossible_values_are_told_in_one_line(options, told):
