@@ -21,6 +21,7 @@ RINGS = (
 GRID = (48, 64)  # columns and rows of the search over the whole plot, when no place near the point is free
 PADDING = 1.5  # points between a label and anything else
 CROWD = 14  # labels
+FOREIGN = 25.0  # points of distance that it costs to stand nearer to another label's point
 COLUMN_GAP, COLUMN_ROOM = 10.0, 0.62  # before a column of names behind lines: points; its width: part of the axes'
 LEADER = 9.0  # points from which on a line ties the label to its point
 
@@ -52,12 +53,14 @@ def place(
     lines: Sequence[np.ndarray] = (),
     marker_size: float = 8.0,
     sizes: Sequence[float] = (8.5, 7.5, 6.5),
+    own: bool = False,
 ) -> tuple[list["Annotation"], list[str]]:
     """Annotate the points of `axes`, whose layout and limits must be final.
 
     `obstacles` are boxes (x0, y0, x1, y1) in pixels that stay free. `lines` are sequences of points (n, 2) in pixels
     that a label should rather not cover. `marker_size` is the diameter of a point, `sizes` are the font sizes to try;
-    both in points. Returns the annotations, and the texts that found no place at the smallest size and were left out.
+    both in points. With `own` a label rather stands farther from its point than nearer to another's. Returns the
+    annotations, and the texts that found no place at the smallest size and were left out.
     """
     figure = axes.figure
     scale = figure.dpi / 72  # pixels per point
@@ -75,7 +78,7 @@ def place(
     placed: dict[int, np.ndarray] = {}
     for size in sizes:
         extents = _extents(axes, labels, size) + 2 * PADDING * scale
-        outcomes = [_place_all(order, points, extents, fixed, soft, bounds, half, scale) for order in orders]
+        outcomes = [_place_all(order, points, extents, fixed, soft, bounds, half, scale, own) for order in orders]
         placed, _ = min(outcomes, key=lambda outcome: (-len(outcome[0]), outcome[1]))
         if len(placed) == len(labels):
             break
@@ -172,13 +175,15 @@ def _place_all(
     bounds: np.ndarray,
     half: float,
     scale: float,
+    own: bool,
 ) -> tuple[dict[int, np.ndarray], float]:
     """The boxes of all labels that find a place, choosing in this order, and what their places cost together."""
     placed: dict[int, np.ndarray] = {}
     total = 0.0
     for i in order:
         taken = np.array([*fixed, *placed.values()])
-        box, cost = _free_box(points[i], extents[i], taken, soft, bounds, half, scale)
+        others = np.delete(points, i, axis=0) if own else np.empty((0, 2))
+        box, cost = _free_box(points[i], extents[i], taken, soft, bounds, half, scale, others)
         if box is not None:
             placed[i] = box
             total += cost
@@ -193,6 +198,7 @@ def _free_box(
     bounds: np.ndarray,
     half: float,
     scale: float,
+    others: np.ndarray,
 ) -> tuple[np.ndarray | None, float]:
     """The best free box of `extent` pixels, and its cost: near the point, off the lines; None if the plot is full."""
     boxes, distances = [], []
@@ -203,7 +209,8 @@ def _free_box(
             centre = point + direction * (half + distance * scale) + np.sign(direction.round(6)) * extent / 2
             boxes.append(np.concatenate([centre - extent / 2, centre + extent / 2]))
             distances.append(distance)
-    near = _best(np.array(boxes), np.array(distances, float), taken, soft, bounds)
+    boxes = np.array(boxes)
+    near = _best(boxes, np.array(distances) + _foreign(boxes, point, others), taken, soft, bounds)
     if near[0] is not None:
         return near
     columns, rows = GRID
@@ -211,8 +218,19 @@ def _free_box(
     y = np.linspace(bounds[1], bounds[3] - extent[1], rows)
     corners = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
     boxes = np.hstack([corners, corners + extent])
-    nearest = np.clip(point, boxes[:, :2], boxes[:, 2:])
-    return _best(boxes, np.linalg.norm(nearest - point, axis=1) / scale, taken, soft, bounds)
+    distances = _gaps(boxes, point) / scale + _foreign(boxes, point, others)
+    return _best(boxes, distances, taken, soft, bounds)
+
+
+def _gaps(boxes: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """The distance of each box from a point."""
+    return np.linalg.norm(np.clip(point, boxes[:, :2], boxes[:, 2:]) - point, axis=1)
+
+
+def _foreign(boxes: np.ndarray, point: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """What it costs each box that it stands nearer to one of the `others` than to its own point."""
+    nearest = np.min([_gaps(boxes, other) for other in others], axis=0, initial=np.inf)
+    return FOREIGN * (nearest < _gaps(boxes, point))
 
 
 def _best(

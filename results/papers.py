@@ -49,7 +49,8 @@ COLUMNS = {
     "input_size": "HEIGHTxWIDTH in pixels",
     "cost_input_size": "the size of the FLOPs, where the accuracy has another",
     **NUMBERS,
-    "other": "NAME=VALUE;... of what has no column; of a derived row the names of DELTAS",
+    "other": "NAME=VALUE;... of what has no column; of a derived row the names of DELTAS; of an ablation its subject "
+    "(ablation, in one row of the table) and the number of the row that a row changes (changes)",
     "derived": 'JSON {"own": rows, "others": rows}: the row compares the means of these rows of its table',
     "reported_by": "own (the paper measured it) or other (quoted)",
     "note": "repaired and doubtful cells, and why",
@@ -109,6 +110,11 @@ class PaperRow:
     def deltas(self) -> dict[str, str]:
         """What a derived row prints, by the column that it compares."""
         return {column: self.other[name] for name, column in DELTAS.items() if self.derived and name in self.other}
+
+    @property
+    def changes(self) -> int | None:
+        """In an ablation, the row of the table that this one changes."""
+        return int(self.other["changes"]) if "changes" in self.other else None
 
     @property
     def printed(self) -> str:
@@ -222,8 +228,8 @@ def read(path: str | Path) -> list[PaperRow]:
 
     Raises:
         PaperError: the file cannot be read; an unknown, repeated or missing column; a damaged number, size or JSON;
-            parameters or FLOPs of 0; FLOPs without a size; a row that comes twice; a derived row of rows that are not
-            there.
+            parameters or FLOPs of 0; FLOPs without a size; a row that comes twice; one that is derived from or
+            changes a row that is not there.
     """
     path = Path(path)
     rows: dict[tuple[str, str, int], PaperRow] = {}
@@ -237,6 +243,8 @@ def read(path: str | Path) -> list[PaperRow]:
                 raise PaperError(
                     f"{path}: row {row.row} of Table {row.table} is derived from row {number}: no such row"
                 )
+        if row.changes is not None and (row.changes == row.row or (row.paper, row.table, row.changes) not in rows):
+            raise PaperError(f"{path}: row {row.row} of Table {row.table} changes row {row.changes}: no such other row")
     return list(rows.values())
 
 
@@ -313,6 +321,8 @@ def _row(where: str, line: Mapping[str, str]) -> PaperRow:
     for name in DELTAS.keys() & other:
         if not re.fullmatch(r"[+-]?\d+(\.\d+)?%?", other[name]):
             raise PaperError(f"{where}: {name} is '{other[name]}', which is no difference such as +2.16 or -30.7%")
+    if not other.get("changes", "1").isdecimal():
+        raise PaperError(f"{where}: changes is '{other['changes']}', which is no number of a row")
     derived = mapping("derived")
     if derived and not (
         derived.keys() == {"own", "others"}

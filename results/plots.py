@@ -1,11 +1,12 @@
-"""All plots that records allow, as PNG and SVG: accuracy against cost, growth with resolution, the papers' figures."""
+"""All plots that records allow, as PNG and SVG: accuracy against cost, growth with resolution, the papers' figures and
+ablations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from . import growth_plots, paper_figures, scatter
+from . import ablation_plots, growth_plots, paper_figures, scatter
 from .growth import curves
 from .rebuilt import RebuiltTable
 from .record import Record
@@ -34,6 +35,7 @@ def draw(records: Sequence[Record], folder: Path, tables: Sequence[RebuiltTable]
         scatter.sketches(panels),
         growth_plots.sketches(curves(records), families),
         (paper_figures.sketch(figure, families) for figure in figures),
+        ablation_plots.sketches(tables, families),
     )
     plots = [write(sketch, folder) for sketch in sketches]  # one after the other: a figure takes much memory
     # Where nobody tried to train, it is no news that there is no accuracy; but a report without a plot says why.

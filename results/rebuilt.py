@@ -60,6 +60,7 @@ class RebuiltRow:
 
     row: PaperRow
     cells: Mapping[str, Comparison]
+    cost: Record | None = None  # of its network, also where the paper prints no cost
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def rebuild(papers: Papers, records: Iterable[Record]) -> list[RebuiltTable]:
         lines: dict[int, RebuiltRow] = {}
         for row in rows:
             if not row.derived:
-                lines[row.row] = RebuiltRow(row, _compare(row, papers, ledger))
+                record = ledger.cost(row) if row.buildable else None
+                lines[row.row] = RebuiltRow(row, _compare(row, record, papers, ledger), record)
         for row in rows:
             if row.derived:
                 lines[row.row] = RebuiltRow(row, _derive(row, lines, ledger))
@@ -257,9 +259,8 @@ def _collapsed(value: Any) -> Any:
     return value[0] if alike else list(value) if isinstance(value, tuple) else value
 
 
-def _compare(row: PaperRow, papers: Papers, ledger: _Ledger) -> dict[str, Comparison]:
+def _compare(row: PaperRow, record: Record | None, papers: Papers, ledger: _Ledger) -> dict[str, Comparison]:
     cells: dict[str, Comparison] = {}
-    record = ledger.cost(row) if row.buildable else None
     for column in (*COSTS, *SCORES):
         if not (printed := row.cells.get(column)):
             continue

@@ -160,6 +160,18 @@ BAD = {
         HEADER.replace("dataset", "derived") + LINE.replace("ImageNet-1K", '"{""own"": [1], ""others"": [7]}"'),
         "row 1 of Table 1 is derived from row 7: no such row",
     ),
+    "changes": (
+        HEADER.replace("dataset", "other") + LINE.replace("ImageNet-1K", "changes=7"),
+        "row 1 of Table 1 changes row 7: no such other row",
+    ),
+    "changes itself": (
+        HEADER.replace("dataset", "other") + LINE.replace("ImageNet-1K", "changes=1"),
+        "changes row 1: no such other row",
+    ),
+    "changes no number": (
+        HEADER.replace("dataset", "other") + LINE.replace("ImageNet-1K", "changes=first"),
+        "line 2: changes is 'first', which is no number of a row",
+    ),
     "empty": ("", "the column paper is missing"),
     "not text": (b"\xff\xfe\x00", "cannot be read"),
 }
