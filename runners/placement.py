@@ -148,6 +148,10 @@ class Schedule:
         self.rooms = {name: self.rooms.get(name) or _Room(node) for name, node in nodes.items()}
         return {key for key, (placed, _) in self.running.items() if any(s.node not in nodes for s in placed)}
 
+    def has(self, nodes: Iterable[str]) -> bool:
+        """Whether the cluster has all of these nodes."""
+        return set(nodes) <= self.rooms.keys()
+
     def problem(self, key: str) -> str | None:
         """Why the cluster could never run the job, however empty; None where it can."""
         return problem(self.needs[key], [room.node for room in self.rooms.values()])
@@ -165,6 +169,8 @@ def problem(needs: Needs, nodes: Sequence[Node]) -> str | None:
     empty = [_Room(node) for node in nodes]
     if _place(needs, empty, empty) is not None:
         return None
+    if not needs.gpus:
+        return "needs CPUs, and the cluster has no node with any"
     kind = f" of the type {needs.gpu_type}" if needs.gpu_type else ""
     there = sum(node.gpus for node in nodes if needs.gpu_type in (None, node.gpu_type))
     has = f"{there} of that type" if needs.gpu_type and there else f"{sum(node.gpus for node in nodes) or 'none'}"

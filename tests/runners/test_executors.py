@@ -16,6 +16,7 @@ from results.record import Record
 from runners import executors, ray_executor
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
+from runners.placement import Node
 
 
 def job(stage: str = "train", **changes) -> Job:
@@ -66,15 +67,27 @@ def test_what_is_in_the_ledger_counts_as_done():
 
 
 def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
+    """Its first place is a node that is gone, of which Ray tells: no death, since it never began there."""
+    look, looks = ray_executor.alive_nodes, []
+
+    def look_too_early():
+        looks.append(look())
+        return [*looks[-1], Node("ab" * 28, cpus=64)] if len(looks) == 1 else looks[-1]
+
     def die(job, workplace):
+        with open(workplace.output / "starts", "a") as starts:
+            starts.write("x")
         os._exit(1)
 
+    workplace.output.mkdir()
     monkeypatch.setattr(ray_executor, "run_job", die)
+    monkeypatch.setattr(ray_executor, "alive_nodes", look_too_early)
     monkeypatch.setattr(ray_executor, "RETRIES", 1)
     done = []
     ray(workplace).run([job()], lambda record, messages: done.append(record))
     assert [record.status for record in done] == ["failed"]
     assert "its worker died 2 times" in done[0].reason
+    assert (workplace.output / "starts").read_text() == "xx"
     assert Ledger(workplace.ledger).get(job().key) == done[0]
 
 

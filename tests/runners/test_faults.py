@@ -27,6 +27,8 @@ from ray.cluster_utils import Cluster
 from tests_support import ROOT, CommandLine
 
 from results.ledger import Ledger
+from runners.executors import RETRIES
+from runners.session import INCOMPLETE
 
 BUSY = ("ray::speed", "ray::train", "ray::evaluate")  # how Ray calls a worker while it has a job
 
@@ -202,6 +204,7 @@ def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills
     wait_until(nodes.workers)
     pace = time.monotonic() - began  # of a start: with faster kills nothing would happen in between
     ends: Counter[int] = Counter()
+    suffered = 0  # deaths among this driver's workers
     while ends.total() < 20:
         try:
             driver.wait(timeout=dice.uniform(0.1, 1.5) * pace if kills.total() < KILLS else None)
@@ -210,13 +213,16 @@ def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills
             what = dice.choice(["worker", "worker", "node", "driver"] if nodes.workers() else ["node", "driver"])
             lose(what, nodes, driver, dice)
             kills[what] += 1
+            suffered += what != "driver"
             print(f"  {time.monotonic() - began:4.0f} s: {what} killed, {len(kept)} records done", flush=True)
         else:
             ends[driver.returncode] += 1
+            assert driver.returncode != INCOMPLETE or suffered > RETRIES  # no single loss uses up several tries
             if driver.returncode == 0:
                 break
         if driver.poll() is not None:
             driver = start(output)
+            suffered = 0
     assert driver.returncode == 0
     assert not list(output.glob("ledger/damaged/*"))
     for path, content in kept.items():

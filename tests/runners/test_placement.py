@@ -205,6 +205,7 @@ def test_a_lost_node_is_used_no_more_and_a_new_one_is():
 )
 def test_what_a_cluster_could_never_run_is_said_at_once(asked, said):
     assert problem(asked, [Node("a", 8, 4, "A100"), Node("b", 8, 4, "H100")]) == said
+    assert problem(Needs(), []) == "needs CPUs, and the cluster has no node with any"
 
 
 def a_job(stage: str, **changes) -> Job:
