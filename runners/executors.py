@@ -106,13 +106,15 @@ class Inline:
             try:
                 return run_job(job, self.workplace)
             except WorkerLost as error:
-                lost = worker_died(job, deaths + 1, error)
+                lost = worker_died(job, self.workplace, deaths + 1, error)
         return Ledger(self.workplace.ledger).put(lost), []
 
 
-def worker_died(job: Job, times: int, error: WorkerLost) -> Record:
-    """The record of a job that is given up."""
-    return make_record(job, "failed", f"its worker died {times} times ({error})")
+def worker_died(job: Job, workplace: Workplace, times: int, error: WorkerLost) -> Record:
+    """The record of a job that is given up, with its log where it came to write one."""
+    log = f"jobs/{job.key}/log.txt"
+    artifacts = {"log": log} if (workplace.output / log).is_file() else {}
+    return make_record(job, "failed", f"its worker died {times} times ({error})", artifacts=artifacts)
 
 
 class Processes:

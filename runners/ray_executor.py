@@ -104,8 +104,8 @@ class Ray:
                         if deaths[job.key] <= RETRIES:
                             queue.waiting[job.key] = job
                             continue
-                        record = Ledger(self.workplace.ledger).put(worker_died(job, deaths[job.key], error))
-                        messages = []
+                        lost = worker_died(job, self.workplace, deaths[job.key], error)
+                        record, messages = Ledger(self.workplace.ledger).put(lost), []
                     finally:
                         _free(started)
                     queue.records[job.key] = outline(record)
