@@ -155,7 +155,7 @@ class Session:
             with connected(Cluster.auto, 0):
                 return alive_nodes()
         settings = [job.speed or job.recipe.engine for job in missing if job.speed or job.recipe]
-        return [this_machine(workers(free), {each.gpu_type for each in settings if each.gpu_type})]
+        return [this_machine(workers(free), any(each.gpu_type for each in settings))]
 
     def _check_places(self, missing: list[Job]) -> None:
         """Raises InputError for a job that the cluster could never run: Ray would wait for ever."""
