@@ -116,7 +116,11 @@ def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monke
     done = []
     executors.Inline(workplace, {}).run([job(seed=1)], lambda record, messages: done.append(record))
     assert (done[0].status, len(lost)) == ("done", 2)
+    log = workplace.output / "jobs" / job().key / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.touch()
     executors.Inline(workplace, {}).run([job()], lambda record, messages: done.append(record))
+    assert workplace.output / done[1].artifacts["log"] == log
     assert done[1].reason == "its worker died 4 times (process 1 of its group died (signal 9))"
     assert Ledger(workplace.ledger).get(job().key) == done[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import random
@@ -17,7 +18,7 @@ from tests_support import CommandLine
 
 from benchmarks import measure
 from benchmarks.engine import Outcome
-from benchmarks.job import Job
+from benchmarks.job import Job, Recipe
 from results.ledger import Ledger
 from runners import execute
 from runners.execute import Workplace, run_job
@@ -124,6 +125,16 @@ def test_what_else_is_full_is_an_error_of_the_job(job, monkeypatch):
     monkeypatch.setattr(measure, "measure", fill)
     record, _ = run_job(*job)
     assert (record.status, "/torch_12_34_5" in record.reason) == ("failed", True)
+
+
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_checkpoints_that_a_kill_left_beside_a_record_go(job, status):
+    training = dataclasses.replace(job[0], stage="train", recipe=Recipe())
+    left = job[1].output / "jobs" / training.key / "iter_10.pth"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    execute.discard_checkpoints(execute.make_record(training, status, "test"), job[1].output)
+    assert left.exists() == (status == "failed")  # from which it goes on
 
 
 def test_a_worker_leaves_the_claim_of_its_successor(tmp_path):
