@@ -195,8 +195,12 @@ LONG = [
 ]
 
 
-def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills: Counter[str]) -> None:
-    """A run in which something dies again and again, started anew where it was the run, until all is done."""
+def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills: Counter[str]) -> Counter[int]:
+    """A run in which something dies again and again, started anew where it was the run, until all is done.
+
+    Returns:
+        How often a driver that was not killed ended with which exit status.
+    """
     began = time.monotonic()
     before = kills.total()
     kept: dict[Path, bytes] = {}
@@ -228,6 +232,7 @@ def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills
     for path, content in kept.items():
         assert path.read_bytes() == content  # what was done was not done again
     print(f"  {time.monotonic() - began:4.0f} s: done; {kills.total() - before} kills; exit statuses {dict(ends)}")
+    return ends
 
 
 @pytest.mark.long
@@ -249,9 +254,10 @@ def test_twenty_kills(nodes, tmp_path, request, what):
     while kills.total() < KILLS:
         rounds += 1
         output = tmp_path / f"disturbed{rounds}"
-        disturb(nodes, start, output, dice, kills)
+        ends = disturb(nodes, start, output, dice, kills)
         assert scores(output) == scores(undisturbed)
         if what == "light":
+            assert ends.keys() <= {0, INCOMPLETE}  # no driver broke down
             resumed += check_steps(output) - len(scores(output))
         else:
             records = Ledger(output / "ledger").records()
