@@ -101,6 +101,16 @@ class Recipe:
         return self.learning_rate * (self.batch_size / self.learning_rate_images if self.learning_rate_images else 1.0)
 
 
+def is_gpu_type(asked: str, name: str) -> bool:
+    """Whether the GPU called `name`, by Ray or by its driver, is of the type that a user asks for.
+
+    All words of the type are in the name, in a row: `A100` is `NVIDIA A100-SXM4-80GB`, and `A10` is not. Hyphens,
+    spaces and capitals make no difference.
+    """
+    words, in_name = (" ".join(re.findall(r"[a-z0-9]+", text.lower())) for text in (asked, name))
+    return f" {words} " in f" {in_name} "
+
+
 @dataclass
 class SpeedSettings:
     """How latency is measured (benchmarks.speed)."""

@@ -15,7 +15,7 @@ from benchmarks.conventions import CONVENTIONS, paper_convention
 from benchmarks.distributed import measure_in_processes
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
-from benchmarks.job import Job, SpeedSettings
+from benchmarks.job import Job, SpeedSettings, is_gpu_type
 from benchmarks.speed import default_yardstick
 from benchmarks.speed import measure as measure_speed
 from benchmarks.trace import on_meta
@@ -155,7 +155,7 @@ def _check_device(settings: SpeedSettings) -> None:
     """Whether this machine has the GPU that is asked for; of a name that is not there Ray never gets here."""
     if settings.gpu_type is None or not torch.cuda.is_available():
         return  # the measurement says itself that there is no GPU
-    if settings.gpu_type.lower() not in (name := torch.cuda.get_device_name(settings.device)).lower():
+    if not is_gpu_type(settings.gpu_type, name := torch.cuda.get_device_name(settings.device)):
         raise Blocked(f"speed.gpu_type is {settings.gpu_type}, and this machine has {name}")
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from benchmarks.measure import Launch
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NEARLY_FULL = 4 * 2**30  # bytes that may be free on a full disk: a checkpoint that did not fit was removed again
+SHARED_MEMORY = ("/torch_", "/dev/shm")  # in the names of what PyTorch keeps there
 
 
 class Superseded(Exception):
@@ -106,13 +109,17 @@ def run_job(
             tell({"fraction": 0.0, "text": "starting"}, force=True)
             record = _measure(job, workplace, ledger, messages, tell, launch)
             tell.claim.check()
-            ledger.put(record)
-            if record.done and job.stage in TRAININGS:
-                _discard_checkpoints(workplace.output / "jobs" / job.key)  # not before the ledger knows the weights
+            record = ledger.put(record)
+        if tell.claim is None or tell.claim.holds():
+            discard_checkpoints(record, workplace.output)  # not before the ledger knows the weights
+        if tell.claim is not None:
             tell.claim.end()
         return record, messages
     except Superseded as error:
-        return make_record(job, "failed", str(error)), messages  # not kept: the other worker's record will stand
+        record = ledger.get(job.key)
+        if record is None or not record.done:
+            record = make_record(job, "failed", str(error))  # not kept: the other worker's record will stand
+        return record, messages
     except OSError as error:
         if error.errno in FULL and not error.filename:
             raise OSError(error.errno, error.strerror, str(workplace.output)) from error
@@ -143,7 +150,7 @@ def _measure(
             traceback.print_exc()
             raise
         except Exception as error:
-            if (number := _disk_full(error)) is not None:
+            if (number := _disk_full(error, workplace.output)) is not None:
                 raise OSError(number, os.strerror(number), str(workplace.output)) from error
             traceback.print_exc()
             outcome = None
@@ -164,10 +171,13 @@ def _measure(
     )
 
 
-def _discard_checkpoints(folder: Path) -> None:
-    from benchmarks.checkpoints import discard  # PyTorch: not before it is needed
+def discard_checkpoints(record: Record, output: Path) -> None:
+    """Removes what is left of a finished training's checkpoints; a kill may have come between its record and this."""
+    folder = output / "jobs" / record.key
+    if record.done and record.stage in TRAININGS and any(folder.glob("iter_*")):
+        from benchmarks.checkpoints import discard  # PyTorch: not before it is needed
 
-    discard(folder)
+        discard(folder)
 
 
 def weights_are_there(record: Record, output: Path) -> bool:
@@ -236,16 +246,26 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _disk_full(error: BaseException | None) -> int | None:
-    """The operating system's number for a disk or a quota that is full, if that is behind `error`."""
+def _disk_full(error: BaseException | None, output: Path) -> int | None:
+    """The operating system's number for a disk or a quota that is full, if `output` is on it and it is behind `error`.
+
+    Other things fill up as well, and say the same: the shared memory of data-loading processes, a folder of temporary
+    files. These are errors of the job.
+    """
     while error is not None:
+        text, number = str(error), None
         if isinstance(error, OSError) and error.errno in FULL:
-            return error.errno
+            number = error.errno
         # Libraries that write for themselves keep the text only: safetensors, torch.save, TensorBoard.
-        if "No space left on device" in str(error):
-            return errno.ENOSPC
-        if "Disk quota exceeded" in str(error):
-            return errno.EDQUOT
+        elif "No space left on device" in text:
+            number = errno.ENOSPC
+        elif "Disk quota exceeded" in text:
+            number = errno.EDQUOT
+        if number is not None and not any(sign in text for sign in SHARED_MEMORY):
+            # How much of a quota is left cannot be asked.
+            named, nameless_quota = f"{output}{os.sep}" in text, number != errno.ENOSPC and "/" not in text
+            if named or nameless_quota or shutil.disk_usage(output).free < NEARLY_FULL:
+                return number
         error = error.__cause__ or error.__context__
     return None
 
@@ -289,15 +309,23 @@ class _Claim:
 
     def check(self) -> None:
         """Raises `Superseded` if the job is another worker's by now."""
-        try:
-            holder = self.path.read_text()
-        except FileNotFoundError:
-            holder = ""
-        if holder != self.name:
+        if (holder := self._holder()) != self.name:
             raise Superseded(f"another worker has taken it over ({holder.rpartition(' ')[0] or 'and is done'})")
 
+    def holds(self) -> bool:
+        """Whether the job is still this worker's."""
+        return self._holder() == self.name
+
     def end(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Gives the job up; a successor's claim stays."""
+        if self.holds():
+            self.path.unlink(missing_ok=True)
+
+    def _holder(self) -> str:
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return ""
 
 
 class _Progress:

@@ -57,15 +57,20 @@ class Queue:
         return [job for job in self.waiting.values() if all(self._done(key) for key in job.depends_on)]
 
     def hopeless(self) -> list[Record]:
-        """Takes out the jobs that depend on one that was not done; returns their records, to be shown and not kept."""
+        """Takes out the jobs that depend, through any chain, on one that was not done.
+
+        Returns:
+            Their records, which are to be shown and not to be kept in the ledger.
+        """
         records = []
-        for job in list(self.waiting.values()):
-            for key in job.depends_on:
-                before = self.records.get(key)
-                if before is not None and before.status != "done":
-                    del self.waiting[job.key]
-                    reason = before.reason if before.status == "blocked" else f"its {before.stage} {before.status}"
-                    records.append(make_record(job, "blocked", reason, details=before.details))
+        for job in list(self.waiting.values()):  # what depends on others comes after them
+            before = [self.records[key] for key in job.depends_on if key in self.records]
+            bad = next((record for record in before if record.status != "done"), None)
+            if bad is not None:
+                del self.waiting[job.key]
+                reason = bad.reason if bad.status == "blocked" else f"its {bad.stage} {bad.status}"
+                self.records[job.key] = make_record(job, "blocked", reason, details=bad.details)
+                records.append(self.records[job.key])
         return records
 
     def _done(self, key: str) -> bool:
@@ -101,13 +106,15 @@ class Inline:
             try:
                 return run_job(job, self.workplace)
             except WorkerLost as error:
-                lost = worker_died(job, deaths + 1, error)
+                lost = worker_died(job, self.workplace, deaths + 1, error)
         return Ledger(self.workplace.ledger).put(lost), []
 
 
-def worker_died(job: Job, times: int, error: WorkerLost) -> Record:
-    """The record of a job that is given up."""
-    return make_record(job, "failed", f"its worker died {times} times ({error})")
+def worker_died(job: Job, workplace: Workplace, times: int, error: WorkerLost) -> Record:
+    """The record of a job that is given up, with its log where it came to write one."""
+    log = f"jobs/{job.key}/log.txt"
+    artifacts = {"log": log} if (workplace.output / log).is_file() else {}
+    return make_record(job, "failed", f"its worker died {times} times ({error})", artifacts=artifacts)
 
 
 class Processes:

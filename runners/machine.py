@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -40,15 +39,12 @@ def usable_cpus() -> int:
     return max(1, cpus)
 
 
-def this_machine(cpus: int, types: Iterable[str] = ()) -> Node:
-    """This machine as a node of `cpus` CPUs and its GPUs. They are of that one of `types` that their name has in it."""
+def this_machine(cpus: int, typed: bool = False) -> Node:
+    """This machine as a node of `cpus` CPUs and its GPUs; `typed`: with their name, for which CUDA must start."""
     import torch
 
     gpus = torch.cuda.device_count()
-    if not gpus or not types:
-        return Node("this machine", cpus, gpus)
-    name = torch.cuda.get_device_name(0)
-    return Node("this machine", cpus, gpus, next((kind for kind in types if kind.lower() in name.lower()), name))
+    return Node("this machine", cpus, gpus, torch.cuda.get_device_name(0) if gpus and typed else None)
 
 
 def _statistic(path: Path, name: str) -> int:

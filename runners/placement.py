@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.job import is_gpu_type
+
 
 @dataclass(frozen=True)
 class Node:
@@ -14,7 +16,7 @@ class Node:
     name: str
     cpus: int
     gpus: int = 0
-    gpu_type: str | None = None  # as Ray names it: H100, A100, ...
+    gpu_type: str | None = None  # as Ray names it (H100, A100, ...), or its driver
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class _Room:
 
     def processes(self, needs: Needs) -> int:
         """How many processes of the job could start here: on CPUs all of a group or none."""
-        if needs.gpu_type not in (None, self.node.gpu_type) or self.cpus < self._cpus(needs):
+        if not _right_type(needs, self.node) or self.cpus < self._cpus(needs):
             return 0
         if not needs.gpus:
             return needs.processes
@@ -148,6 +150,10 @@ class Schedule:
         self.rooms = {name: self.rooms.get(name) or _Room(node) for name, node in nodes.items()}
         return {key for key, (placed, _) in self.running.items() if any(s.node not in nodes for s in placed)}
 
+    def has(self, nodes: Iterable[str]) -> bool:
+        """Whether the cluster has all of these nodes."""
+        return set(nodes) <= self.rooms.keys()
+
     def problem(self, key: str) -> str | None:
         """Why the cluster could never run the job, however empty; None where it can."""
         return problem(self.needs[key], [room.node for room in self.rooms.values()])
@@ -160,13 +166,19 @@ class Schedule:
         return {share.node for share in placement or ()}
 
 
+def _right_type(needs: Needs, node: Node) -> bool:
+    return needs.gpu_type is None or is_gpu_type(needs.gpu_type, node.gpu_type or "")
+
+
 def problem(needs: Needs, nodes: Sequence[Node]) -> str | None:
     """Why these nodes could never run a job, however empty; None where they can."""
     empty = [_Room(node) for node in nodes]
     if _place(needs, empty, empty) is not None:
         return None
+    if not needs.gpus:
+        return "needs CPUs, and the cluster has no node with any"
     kind = f" of the type {needs.gpu_type}" if needs.gpu_type else ""
-    there = sum(node.gpus for node in nodes if needs.gpu_type in (None, node.gpu_type))
+    there = sum(node.gpus for node in nodes if _right_type(needs, node))
     has = f"{there} of that type" if needs.gpu_type and there else f"{sum(node.gpus for node in nodes) or 'none'}"
     types = sorted({node.gpu_type for node in nodes if node.gpu_type})
     others = f" ({', '.join(types)})" if types and not (needs.gpu_type and there) else ""

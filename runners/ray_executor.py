@@ -23,9 +23,14 @@ from runners.placement import Node, Placement, Schedule
 SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they are blocked
 
 
+class NeverBegan(WorkerLost):
+    """Ray could not start a task where it was sent: the node was lost meanwhile."""
+
+
 @dataclass
 class _Running:
     job: Job
+    nodes: set[str]
     group: Any = None  # Ray's placement group, of a job on several nodes
 
 
@@ -93,12 +98,14 @@ class Ray:
                     try:
                         record, messages = _result(reference)
                     except WorkerLost as error:
-                        deaths[job.key] += 1
+                        schedule.update(alive_nodes())  # at once: no job is to be sent to a node that is gone
+                        began = not isinstance(error, NeverBegan) or schedule.has(started.nodes)
+                        deaths[job.key] += began
                         if deaths[job.key] <= RETRIES:
                             queue.waiting[job.key] = job
                             continue
-                        record = Ledger(self.workplace.ledger).put(worker_died(job, deaths[job.key], error))
-                        messages = []
+                        lost = worker_died(job, self.workplace, deaths[job.key], error)
+                        record, messages = Ledger(self.workplace.ledger).put(lost), []
                     finally:
                         _free(started)
                     queue.records[job.key] = outline(record)
@@ -114,11 +121,11 @@ class Ray:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-        here = placement[0]
+        here, nodes = placement[0], {share.node for share in placement}
         options = {"num_cpus": here.cpus, "num_gpus": here.gpus, "name": job.title, "max_retries": 0}
         if len(placement) == 1:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here.node, soft=False)
-            return self._task.options(**options).remote(job, self.workplace), _Running(job)
+            return self._task.options(**options).remote(job, self.workplace), _Running(job, nodes)
         group = ray.util.placement_group(
             [{"CPU": share.cpus, "GPU": share.gpus} for share in placement],
             strategy="PACK",
@@ -128,7 +135,7 @@ class Ray:
         from runners.ray_group import run_job_on_nodes
 
         task = ray.remote(run_job_on_nodes).options(**options)
-        return task.remote(job, self.workplace, placement), _Running(job, group)
+        return task.remote(job, self.workplace, placement), _Running(job, nodes, group)
 
 
 def _free(started: _Running) -> None:
@@ -148,6 +155,8 @@ def _result(reference: Any) -> tuple[Record, list[str]]:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except (ray.exceptions.TaskUnschedulableError, ray.exceptions.TaskPlacementGroupRemoved) as error:
+        raise NeverBegan(f"{type(error).__name__}: it found no place") from None
     except ray.exceptions.RayError as error:
         raise WorkerLost(f"{type(error).__name__}: killed, or the machine is out of memory") from None
 

@@ -19,7 +19,7 @@ from results.rows import METRIC
 from runners.config import Cluster, Config
 from runners.config import Executor as ExecutorName
 from runners.estimate import count_macs, counted_as, known_macs, needs
-from runners.execute import Workplace, make_record, weights_are_there
+from runners.execute import Workplace, discard_checkpoints, make_record, weights_are_there
 from runners.executors import Executor, Inline, Processes, outline, workers
 from runners.machine import free_gib, this_machine
 from runners.placement import Needs, Node, problem
@@ -78,6 +78,8 @@ class Session:
             self._check_places(missing)
             return COMPLETE
         self._check_places(missing)
+        for record in self.records.values():
+            discard_checkpoints(record, self.workplace.output)
         if missing:
             if free < LEAST_GIB:
                 raise InputError(f"only {free:.1f} GiB of memory are free; close other programs (a job needs 1.5 GiB)")
@@ -153,7 +155,7 @@ class Session:
             with connected(Cluster.auto, 0):
                 return alive_nodes()
         settings = [job.speed or job.recipe.engine for job in missing if job.speed or job.recipe]
-        return [this_machine(workers(free), {each.gpu_type for each in settings if each.gpu_type})]
+        return [this_machine(workers(free), any(each.gpu_type for each in settings))]
 
     def _check_places(self, missing: list[Job]) -> None:
         """Raises InputError for a job that the cluster could never run: Ray would wait for ever."""

@@ -21,8 +21,9 @@ SECONDS = 0.1  # of a step
 
 
 def make_jobs(number: int) -> list[Job]:
-    shared = {"stage": "train", "task": "classification", "label": "light", "model": "test_mit", "num_classes": 10}
-    return [Job(**shared, input_size=(32, 32), recipe=Recipe(), seed=seed) for seed in range(number)]
+    shared = {"stage": "evaluate", "task": "classification", "label": "light", "model": "test_mit", "num_classes": 10}
+    shared |= {"data": "digit_scenes_classification", "input_size": (32, 32), "recipe": Recipe()}
+    return [Job(**shared, seed=seed) for seed in range(number)]
 
 
 def counted(key: str, output: Path) -> list[tuple[str, int]]:

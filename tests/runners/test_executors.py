@@ -16,6 +16,7 @@ from results.record import Record
 from runners import executors, ray_executor
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
+from runners.placement import Node
 
 
 def job(stage: str = "train", **changes) -> Job:
@@ -26,6 +27,7 @@ def job(stage: str = "train", **changes) -> Job:
         "model": "test_mit",
         "input_size": (32, 32),
         "num_classes": 10,
+        "data": "digit_scenes_classification",
         "recipe": Recipe(),
         "speed": SpeedSettings(),
     }
@@ -44,14 +46,16 @@ def ray(workplace: Workplace) -> ray_executor.Ray:
 def test_what_depends_on_a_failure_is_not_run():
     first = job()
     second = job("evaluate", depends_on=(first.key,))
-    queue = executors.Queue([first, second], {})
+    third = job("evaluate", depends_on=(second.key,))
+    queue = executors.Queue([first, second, third], {})
     assert [ready.key for ready in queue.ready()] == [first.key]
     assert queue.hopeless() == []
     del queue.waiting[first.key]
     queue.records[first.key] = make_record(first, "failed", "no luck")
     assert queue.ready() == []
-    (record,) = queue.hopeless()
-    assert (record.key, record.status, record.reason) == (second.key, "blocked", "its train failed")
+    records = queue.hopeless()
+    assert [record.key for record in records] == [second.key, third.key]
+    assert {(record.status, record.reason) for record in records} == {("blocked", "its train failed")}
     assert not queue.waiting
 
 
@@ -63,15 +67,27 @@ def test_what_is_in_the_ledger_counts_as_done():
 
 
 def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
+    """Its first place is a node that is gone, of which Ray tells: no death, since it never began there."""
+    look, looks = ray_executor.alive_nodes, []
+
+    def look_too_early():
+        looks.append(look())
+        return [*looks[-1], Node("ab" * 28, cpus=64)] if len(looks) == 1 else looks[-1]
+
     def die(job, workplace):
+        with open(workplace.output / "starts", "a") as starts:
+            starts.write("x")
         os._exit(1)
 
+    workplace.output.mkdir()
     monkeypatch.setattr(ray_executor, "run_job", die)
+    monkeypatch.setattr(ray_executor, "alive_nodes", look_too_early)
     monkeypatch.setattr(ray_executor, "RETRIES", 1)
     done = []
     ray(workplace).run([job()], lambda record, messages: done.append(record))
     assert [record.status for record in done] == ["failed"]
     assert "its worker died 2 times" in done[0].reason
+    assert (workplace.output / "starts").read_text() == "xx"
     assert Ledger(workplace.ledger).get(job().key) == done[0]
 
 
@@ -100,7 +116,11 @@ def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monke
     done = []
     executors.Inline(workplace, {}).run([job(seed=1)], lambda record, messages: done.append(record))
     assert (done[0].status, len(lost)) == ("done", 2)
+    log = workplace.output / "jobs" / job().key / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.touch()
     executors.Inline(workplace, {}).run([job()], lambda record, messages: done.append(record))
+    assert workplace.output / done[1].artifacts["log"] == log
     assert done[1].reason == "its worker died 4 times (process 1 of its group died (signal 9))"
     assert Ledger(workplace.ledger).get(job().key) == done[1]
 

@@ -27,6 +27,8 @@ from ray.cluster_utils import Cluster
 from tests_support import ROOT, CommandLine
 
 from results.ledger import Ledger
+from runners.executors import RETRIES
+from runners.session import INCOMPLETE
 
 BUSY = ("ray::speed", "ray::train", "ray::evaluate")  # how Ray calls a worker while it has a job
 
@@ -193,8 +195,12 @@ LONG = [
 ]
 
 
-def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills: Counter[str]) -> None:
-    """A run in which something dies again and again, started anew where it was the run, until all is done."""
+def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills: Counter[str]) -> Counter[int]:
+    """A run in which something dies again and again, started anew where it was the run, until all is done.
+
+    Returns:
+        How often a driver that was not killed ended with which exit status.
+    """
     began = time.monotonic()
     before = kills.total()
     kept: dict[Path, bytes] = {}
@@ -202,6 +208,7 @@ def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills
     wait_until(nodes.workers)
     pace = time.monotonic() - began  # of a start: with faster kills nothing would happen in between
     ends: Counter[int] = Counter()
+    suffered = 0  # deaths among this driver's workers
     while ends.total() < 20:
         try:
             driver.wait(timeout=dice.uniform(0.1, 1.5) * pace if kills.total() < KILLS else None)
@@ -210,18 +217,22 @@ def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills
             what = dice.choice(["worker", "worker", "node", "driver"] if nodes.workers() else ["node", "driver"])
             lose(what, nodes, driver, dice)
             kills[what] += 1
+            suffered += what != "driver"
             print(f"  {time.monotonic() - began:4.0f} s: {what} killed, {len(kept)} records done", flush=True)
         else:
             ends[driver.returncode] += 1
+            assert driver.returncode != INCOMPLETE or suffered > RETRIES  # no single loss uses up several tries
             if driver.returncode == 0:
                 break
         if driver.poll() is not None:
             driver = start(output)
+            suffered = 0
     assert driver.returncode == 0
     assert not list(output.glob("ledger/damaged/*"))
     for path, content in kept.items():
         assert path.read_bytes() == content  # what was done was not done again
     print(f"  {time.monotonic() - began:4.0f} s: done; {kills.total() - before} kills; exit statuses {dict(ends)}")
+    return ends
 
 
 @pytest.mark.long
@@ -243,9 +254,10 @@ def test_twenty_kills(nodes, tmp_path, request, what):
     while kills.total() < KILLS:
         rounds += 1
         output = tmp_path / f"disturbed{rounds}"
-        disturb(nodes, start, output, dice, kills)
+        ends = disturb(nodes, start, output, dice, kills)
         assert scores(output) == scores(undisturbed)
         if what == "light":
+            assert ends.keys() <= {0, INCOMPLETE}  # no driver broke down
             resumed += check_steps(output) - len(scores(output))
         else:
             records = Ledger(output / "ledger").records()

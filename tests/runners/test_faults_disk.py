@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import random
@@ -10,13 +11,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from tests_support import CommandLine
 
 from benchmarks import measure
 from benchmarks.engine import Outcome
-from benchmarks.job import Job
+from benchmarks.job import Job, Recipe
 from results.ledger import Ledger
 from runners import execute
 from runners.execute import Workplace, run_job
@@ -98,10 +100,50 @@ def test_a_full_disk_is_no_error_of_the_job(job, monkeypatch, said):
         raise RuntimeError(said) from (None if said else OSError(errno.ENOSPC, "No space left on device"))
 
     monkeypatch.setattr(measure, "measure", fill)
+    monkeypatch.setattr(execute.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(OSError, match="No space left") as error:
         run_job(*job)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(job[1].output))
     assert not Ledger(job[1].ledger).records()
+
+
+def test_what_else_is_full_is_an_error_of_the_job(job, monkeypatch):
+    """Shared memory, or another disk than that of the output folder; not what is named in there."""
+    output, free = job[1].output, [2**40]
+    monkeypatch.setattr(execute.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+    elsewhere = OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
+    assert execute._disk_full(elsewhere, output) is None
+    assert execute._disk_full(OSError(errno.ENOSPC, "No space left on device", f"{output}/a"), output) == errno.ENOSPC
+    free[0] = 2**20
+    assert execute._disk_full(elsewhere, output) == errno.ENOSPC
+    shared = RuntimeError("unable to write to file </torch_12_34_5>: No space left on device (28)")
+    assert execute._disk_full(shared, output) is None
+
+    def fill(*arguments):
+        raise shared
+
+    monkeypatch.setattr(measure, "measure", fill)
+    record, _ = run_job(*job)
+    assert (record.status, "/torch_12_34_5" in record.reason) == ("failed", True)
+
+
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_checkpoints_that_a_kill_left_beside_a_record_go(job, status):
+    training = dataclasses.replace(job[0], stage="train", recipe=Recipe())
+    left = job[1].output / "jobs" / training.key / "iter_10.pth"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    execute.discard_checkpoints(execute.make_record(training, status, "test"), job[1].output)
+    assert left.exists() == (status == "failed")  # from which it goes on
+
+
+def test_a_worker_leaves_the_claim_of_its_successor(tmp_path):
+    first = execute._Claim(tmp_path / "claim")
+    second = execute._Claim(tmp_path / "claim")
+    first.end()
+    second.check()
+    second.end()
+    assert not (tmp_path / "claim").exists()
 
 
 @pytest.mark.parametrize("ends", ["steps", "ends"])
@@ -124,7 +166,6 @@ def test_a_worker_that_was_given_up_writes_nothing_over_its_successor(job, monke
 
     monkeypatch.setattr(measure, "measure", work)
     record, _ = run_job(*job)
-    assert record.status == "failed"
-    assert "another worker has taken it over" in record.reason
+    assert record == successors[0]
     assert Ledger(job[1].ledger).records() == successors
     assert successors[0].metrics == {"params": 2}

@@ -10,7 +10,7 @@ from collections import defaultdict
 import pytest
 from tests_support import configuration
 
-from benchmarks.job import Engine, Job, Recipe, SpeedSettings
+from benchmarks.job import Engine, Job, Recipe, SpeedSettings, is_gpu_type
 from runners.estimate import GPU_MACS_PER_SECOND, count_macs, counted_as, known_macs, needs
 from runners.placement import Needs, Node, Schedule, Timeline, problem, simulate
 from runners.plan import make_jobs
@@ -205,6 +205,7 @@ def test_a_lost_node_is_used_no_more_and_a_new_one_is():
 )
 def test_what_a_cluster_could_never_run_is_said_at_once(asked, said):
     assert problem(asked, [Node("a", 8, 4, "A100"), Node("b", 8, 4, "H100")]) == said
+    assert problem(Needs(), []) == "needs CPUs, and the cluster has no node with any"
 
 
 def a_job(stage: str, **changes) -> Job:
@@ -245,6 +246,25 @@ def test_teachers_probes_and_several_scales_count():
     )
     several = seconds("evaluate", evaluation={"scales": [0.5, 1.5], "flip": True})
     assert several == pytest.approx(seconds("evaluate") * (1 + 2 * (0.25 + 2.25)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "is_it"),
+    [
+        ("H100", "NVIDIA H100 80GB HBM3", True),
+        ("a100", "NVIDIA A100-SXM4-80GB", True),
+        ("A100 SXM4", "NVIDIA A100-SXM4-80GB", True),
+        ("RTX-PRO-6000", "NVIDIA RTX PRO 6000 Blackwell", True),
+        ("V100", "V100", True),
+        ("A10", "NVIDIA A100-SXM4-80GB", False),
+        ("L4", "NVIDIA L40S", False),
+        ("H100", "", False),
+    ],
+)
+def test_one_name_of_a_gpu_type_everywhere(asked, name, is_it):
+    node = Node("a", 8, 1, name or None)
+    assert is_gpu_type(asked, name) == is_it
+    assert (problem(Needs(gpus=1.0, gpu_type=asked), [node]) is None) == is_it
 
 
 def test_a_named_gpu_type_is_part_of_a_timings_key_and_of_no_others():
