@@ -185,9 +185,13 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if cluster is Cluster.local:
         # On Linux Ray listens on all interfaces, and on the loopback alone where it makes no clusters. This asks for
-        # that, if Ray was not imported before.
+        # that.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
+    from ray._private import ray_constants
+
+    if cluster is Cluster.local:  # where Ray was imported before, it did not see that
+        ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", False)
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:

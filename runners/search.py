@@ -8,6 +8,7 @@ what tables report. The recipe found is a file that a suite can name.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 import shlex
@@ -35,6 +36,14 @@ from runners.session import COMPLETE, INCOMPLETE, LEAST_GIB, Session
 from runners.trials import Trial, draw_trials, is_finished
 
 MOST_LINES = 20  # of a printed table
+# Of this process and, where Ray is started here, its workers; before Ray is imported.
+ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the screen belongs to the live view
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a configuration are relative to where the user is
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search as it ends all runs
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no score
+}
 
 
 @dataclasses.dataclass
@@ -95,11 +104,8 @@ class SearchSession(Session):
             raise InputError("a search runs its trials instead of the suite's stages; leave stages=[...] out")
         if config.seeds is not None and len(config.seeds) > 1:
             raise InputError(f"a search trains with one seed, not with {config.seeds}; name one, as seeds=[0]")
-        if not config.plan:
-            try:
-                import runners.tune  # noqa: F401
-            except ImportError as error:
-                raise InputError(f"a search needs Ray Tune ({error}); pip install 'ray[tune]'") from error
+        if not config.plan and importlib.util.find_spec("ray") is None:
+            raise InputError("a search needs Ray Tune, and Ray is not installed; pip install 'ray[tune]'")
 
     def _check_what_it_starts_from(self, one: _One, ledger: Ledger) -> None:
         for job in one.before:
@@ -140,9 +146,7 @@ class SearchSession(Session):
         progress = self.workplace.output / "progress"
         for trial in left:  # what a killed run left
             (progress / f"{trial.key}.json").unlink(missing_ok=True)
-        from runners import tune
-
-        os.environ.update(tune.ENVIRONMENT)
+        os.environ.update(ENVIRONMENT)
         jobs = [trial.job for trial in left]
         self.nodes = self._nodes(jobs, free)
         self._check_places(jobs)
@@ -237,7 +241,7 @@ class SearchSession(Session):
             finding = findings[trial.number]
             score = "" if finding.score is None else f"{finding.score:.1f}"
             at = "" if finding.scored_at is None else f"{finding.scored_at} of {finding.iterations}"
-            number = str(trial.number) if trial.number else "0 (as it stands)"
+            number = str(trial.number) if trial.number else "0 (as is)"
             table.add_row(number, *(shown(trial.values[name]) for name in fields), score, at, finding.state)
         self.console.print(table)
         if len(trials) > MOST_LINES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import shutil
@@ -17,9 +18,10 @@ from benchmarks.errors import InputError
 from benchmarks.job import SEARCH, Job, Recipe
 from results.ledger import Ledger
 from runners import run
-from runners.config import Distribution, Range, Scheduler, Search
+from runners.config import Cluster, Distribution, Range, Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
 from runners.plan import trainings
+from runners.ray_executor import connected
 from runners.trials import draw_trials, is_finished, stopped_by
 
 LEARNING_RATE = Range(Distribution.loguniform, low=0.1, high=10, relative=True)
@@ -142,6 +144,20 @@ def test_wrong_input_is_one_line(overrides, parts, capsys, monkeypatch, tmp_path
         assert part in written
 
 
+def test_a_local_cluster_is_on_the_loopback_though_ray_was_imported_before(monkeypatch):
+    import ray
+    from ray._private import ray_constants, services
+
+    addresses = []
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)  # as Ray has it by default
+    monkeypatch.setattr(ray, "init", lambda **settings: addresses.append(services.get_node_ip_address()))
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # both are undone afterwards
+    with connected(Cluster.local, 1):
+        pass
+    assert addresses == ["127.0.0.1"]
+
+
 def test_without_ray_it_is_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not there
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
@@ -205,10 +221,23 @@ def records(output):
 
 
 def kill_in_trial(command_line, folder, *options: str) -> None:
-    """Kills (SIGKILL) the driver of a search when a trial has its first checkpoint in `folder`."""
+    """Kills (SIGKILL) the driver of a search when a trial has its first checkpoint in `folder`.
+
+    Nothing of the search may listen to other machines.
+    """
     printed = ""
     for _ in range(3):
         process = command_line.start(*options)
+        while process.poll() is None and not folder.exists():
+            time.sleep(0.002)
+        if process.poll() is None:
+            listening = set()
+            for each in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    found = [c.laddr.ip for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                    listening |= {(each.name(), address) for address in found}
+            assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
+            assert {address for _, address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
         while process.poll() is None and not list(folder.glob("iter_*.pth")):
             time.sleep(0.002)
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
