@@ -222,8 +222,8 @@ def test_schedulers_know_what_the_ledger_has_and_never_stop_the_first_trial(base
 @pytest.mark.parametrize(
     ("gpus", "status", "parts"),
     [
-        ((2, 2), 1, ["needs 3 GPUs H100 together on one machine, and none has so many", "recipe.engine.processes"]),
-        ((2, 4), 0, ["each trial takes 3 GPUs H100 together", "To do: 2 of 2 jobs, about", "GPU hours, on 2 machines"]),
+        ((2, 2), 1, ["needs 4 GPUs H100 together on one machine, and none has so many", "recipe.engine.processes"]),
+        ((2, 4), 0, ["each trial takes 4 GPUs H100 together", "To do: 2 of 2 jobs, about", "GPU hours, on 2 machines"]),
     ],
 )
 def test_a_plan_says_what_trials_take_and_a_trial_is_on_one_node(gpus, status, parts, capsys, monkeypatch, tmp_path):
@@ -233,8 +233,8 @@ def test_a_plan_says_what_trials_take_and_a_trial_is_on_one_node(gpus, status, p
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     engine = "suite.benchmarks.classification.recipe.engine"
     given = [*MINIATURE, "search=asha", "search.trials=2", "models=[test_hivit]", "plan=true", f"output={tmp_path}"]
-    given += ["suite.benchmarks.segmentation.stages=[cost]"]
-    given += [f"{engine}.processes=3", f"{engine}.gpu_type=H100", f"{engine}.gpu_fraction=1.0"]
+    given += ["suite.benchmarks.segmentation.stages=[cost]", "~search.space.batch_size"]
+    given += [f"{engine}.processes=4", f"{engine}.gpu_type=H100", f"{engine}.gpu_fraction=1.0"]
     assert run.main(given) == status
     written = capsys.readouterr()
     for part in parts:
