@@ -29,7 +29,7 @@ def plan_table(jobs: Sequence[Job], missing: set[str], macs: Mapping[str, float]
             Text(_name(job, several_seeds)),
             "x".join(map(str, job.input_size)),
             job.data or "",
-            _what(job, asked[job.key]),
+            "" if job.stage == "cost" else takes(asked[job.key]),
             ", ".join(str(numbers[key]) for key in job.depends_on),
             _hours(job, macs),
             "to do" if job.key in missing else "done",
@@ -43,10 +43,8 @@ def _name(job: Job, several_seeds: bool) -> str:
     return job.title.removesuffix(f" ({job.task})") + seed
 
 
-def _what(job: Job, asked: Needs) -> str:
+def takes(asked: Needs) -> str:
     """What a job takes, for people."""
-    if job.stage == "cost":
-        return ""
     kind = f" {asked.gpu_type}" if asked.gpu_type else ""
     if asked.alone:
         return "a machine"

@@ -28,9 +28,12 @@ from results.record import Record
 from results.rows import METRIC
 from runners.config import Executor as ExecutorName
 from runners.config import ModelEntry, Search
+from runners.estimate import count_macs
 from runners.execute import weights_are_there
 from runners.machine import free_gib
+from runners.placement import problem
 from runners.plan import check_models, trainings
+from runners.plan_table import plan_summary, takes
 from runners.ray_executor import connected
 from runners.session import COMPLETE, INCOMPLETE, LEAST_GIB, Session
 from runners.trials import Trial, draw_trials, is_finished
@@ -84,15 +87,21 @@ class SearchSession(Session):
             self._introduce(one)
         self.jobs = [trial.job for one in searches for trial in one.missing]
         check_models(self.jobs, {})
+        os.environ.update(ENVIRONMENT)
+        free = free_gib()
+        self.nodes = self._nodes(self.jobs, free) if self.jobs else []
         if self.config.plan:
             for one in searches:
                 self._print_trials(one, one.trials)
+            self._print_plan(self.jobs)
+        self._check_places(self.jobs)
+        if self.config.plan:
             return COMPLETE
         missing = [one for one in searches if one.missing]
         if missing:
             for one in missing:
                 self._check_what_it_starts_from(one, ledger)
-            self._run_trials(missing)
+            self._run_trials(missing, free)
         complete = [self._conclude(one) for one in searches]
         return COMPLETE if all(complete) else INCOMPLETE
 
@@ -130,10 +139,28 @@ class SearchSession(Session):
         if len(one.trials) < search.trials:
             self._tell(f"the space has only {len(one.trials)} different recipes, not {search.trials}")
 
-    def _run_trials(self, searches: Sequence[_One]) -> None:
+    def _print_plan(self, missing: list[Job]) -> None:
+        """What the trials take, if none is stopped early."""
+        shown = self.jobs, {job.key for job in missing}, count_macs(self.jobs, self._macs()), self.nodes
+        asked = self._needs(missing, shown[2])
+        for text in dict.fromkeys(f"{job.label}: each trial takes {takes(asked[job.key])}." for job in missing):
+            self.console.print(text, soft_wrap=True, highlight=False)
+        for line in plan_summary(*shown):
+            self.console.print(line, soft_wrap=True, highlight=False)
+
+    def _check_places(self, missing: list[Job]) -> None:
+        """As for a suite; a trial is on one node, for Tune asks for all its GPUs together."""
+        super()._check_places(missing)
+        for job, needed in zip(missing, self._needs(missing).values(), strict=True):
+            if all(problem(needed, [node]) for node in self.nodes):
+                raise InputError(
+                    f"{job.title} needs {takes(needed)} on one machine, and none has so many; "
+                    "a trial cannot be spread over several: set fewer recipe.engine.processes"
+                )
+
+    def _run_trials(self, searches: Sequence[_One], free: float) -> None:
         from runners.view import View
 
-        free = free_gib()
         if free < LEAST_GIB:
             raise InputError(f"only {free:.1f} GiB of memory are free; close other programs (a trial needs 1.5 GiB)")
         self.workplace.output.mkdir(parents=True, exist_ok=True)
@@ -146,10 +173,7 @@ class SearchSession(Session):
         progress = self.workplace.output / "progress"
         for trial in left:  # what a killed run left
             (progress / f"{trial.key}.json").unlink(missing_ok=True)
-        os.environ.update(ENVIRONMENT)
         jobs = [trial.job for trial in left]
-        self.nodes = self._nodes(jobs, free)
-        self._check_places(jobs)
         slots = self._slots(free)
         with connected(self.config.cluster, slots):
             total = sum(len(one.trials) for one in searches)

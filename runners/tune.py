@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from benchmarks import checkpoints
+from benchmarks.errors import InputError
 from results.ledger import Ledger
 from results.record import Record
 from results.rows import METRIC
 from runners.config import Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
 from runners.executors import RETRIES
-from runners.placement import Needs
+from runners.placement import Needs, problem
 from runners.provenance import provenance
+from runners.ray_executor import alive_nodes
 from runners.trials import Trial, stopped_by
 
 SCORE, TIMES = "score", "times"  # of what a trial reports: its latest score, percent, and how many it has
@@ -120,12 +121,18 @@ def run(
         finished: Gets the trial, its record and lines for the user.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
+        OSError: the disk is full, or the folder cannot be written; the other trials end too.
+        InputError: no node has what a trial takes.
     """
-    total, nodes = ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = min(needs.cpus * needs.processes, max(int(node.get("CPU", 0)) for node in nodes))
+    nodes = [node for node in alive_nodes() if problem(needs, [node]) is None]
+    if not nodes:  # Tune would wait for ever
+        raise InputError(f"{trials[0].title} {problem(needs, alive_nodes()) or 'finds no machine with all that'}")
     gpus = needs.gpus * needs.processes
-    room = min(int(total[kind] / each) for kind, each in (("CPU", cpus), ("GPU", gpus)) if each)
+    cpus = min(needs.cpus * needs.processes, max(node.cpus for node in nodes))
+    room = sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in nodes)
+    resources = {"CPU": cpus, "GPU": gpus}
+    if needs.gpu_type:
+        resources[f"accelerator_type:{needs.gpu_type}"] = 0.001  # how Ray asks for a type: no trial waits for it
     learned = scheduler(search)
     by_number = {trial.number: trial for trial in trials}
     for record in known:
@@ -134,7 +141,7 @@ def run(
     keeper = _Keeper(by_number, search, workplace, finished)
     work = tune.with_parameters(_work, trials=by_number, workplace=workplace)
     tuner = tune.Tuner(
-        tune.with_resources(work, {"CPU": cpus, "GPU": gpus}),
+        tune.with_resources(work, resources),
         param_space={"number": tune.grid_search(sorted(by_number))},
         tune_config=tune.TuneConfig(
             scheduler=learned,
@@ -146,6 +153,7 @@ def run(
             storage_path=str(folder.parent),
             verbose=0,
             callbacks=[keeper],
+            stop=_AtAnError(keeper.errors),
             failure_config=tune.FailureConfig(max_failures=RETRIES),
         ),
     )
@@ -186,7 +194,11 @@ def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workpl
         # The last score is for below: Tune may end the process with any, and there has to be a record before.
         report([score for score in state.get("scores", ()) if score[0] < trial.job.recipe.iterations])
 
-    record, messages = run_job(trial.job, workplace, watch)
+    try:
+        record, messages = run_job(trial.job, workplace, watch)
+    except OSError as error:  # of the output folder; Tune would try again
+        tune.report({"number": trial.number, "error": error})
+        return
     if len(scores := scores_of(record)) > reported:
         report(scores, messages=messages)
     else:
@@ -198,6 +210,19 @@ def scores_of(record: Record) -> list[list[float]]:
     samples = record.samples
     scores = samples.get(f"held_out_{METRIC[record.task]}", ())
     return [list(pair) for pair in zip(samples.get("iteration", ()), scores, strict=True)]
+
+
+class _AtAnError(tune.Stopper):
+    """Ends a search once there is an error."""
+
+    def __init__(self, errors: list[OSError]):
+        self.errors = errors
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self.errors)
 
 
 class _Keeper(tune.Callback):
@@ -216,7 +241,16 @@ class _Keeper(tune.Callback):
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        ours, result = self.trials[trial.config["number"]], trial.last_result
+        result = trial.last_result
+        if "error" in result:
+            self.errors.append(result["error"])
+            return
+        try:
+            self._keep(self.trials[trial.config["number"]], result)
+        except OSError as error:  # Tune would try the trial again
+            self.errors.append(error)
+
+    def _keep(self, ours: Trial, result: dict[str, Any]) -> None:
         if "messages" in result:
             record = self.ledger.get(ours.key)
         else:  # its scheduler stopped it
@@ -230,6 +264,7 @@ class _Keeper(tune.Callback):
         ours, error = self.trials[trial.config["number"]], trial.get_pickled_error()
         if isinstance(cause := getattr(error, "cause", error), OSError):
             self.errors.append(cause)
+            return
         reason = f"its worker died {RETRIES + 1} times ({type(cause).__name__}): killed, or out of memory"
         self.finished(ours, self.ledger.put(make_record(ours.job, "failed", reason)), ())
 

@@ -8,6 +8,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,8 +21,10 @@ from results.ledger import Ledger
 from runners import run
 from runners.config import Cluster, Distribution, Range, Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
+from runners.placement import Needs, Node
 from runners.plan import trainings
 from runners.ray_executor import connected
+from runners.search import SearchSession
 from runners.trials import draw_trials, is_finished, stopped_by
 
 LEARNING_RATE = Range(Distribution.loguniform, low=0.1, high=10, relative=True)
@@ -56,12 +59,12 @@ def test_trials_stay_in_their_space_and_see_as_many_images(base):
     trials = draw_trials(search(trials=40), base)
     first, others = trials[0], trials[1:]
     assert first.job.recipe == base.recipe
-    assert first.values == {"learning_rate": 5e-4, "drop_path_rate": 0.0, "batch_size": 16}
+    assert first.values == {"learning_rate": base.recipe.learning_rate, "drop_path_rate": 0.0, "batch_size": 16}
     assert len({trial.key for trial in trials}) == 40
     assert {trial.values["batch_size"] for trial in others} == {8, 16, 32}
-    rates = [trial.values["learning_rate"] for trial in others]
-    assert 5e-5 <= min(rates) < 2e-4
-    assert 1e-3 < max(rates) <= 5e-3
+    factors = [trial.values["learning_rate"] / base.recipe.learning_rate for trial in others]
+    assert 0.1 <= min(factors) < 0.4
+    assert 2 < max(factors) <= 10
     for trial in trials:
         recipe = trial.job.recipe
         assert trial.job.stage == SEARCH
@@ -214,6 +217,71 @@ def test_schedulers_know_what_the_ledger_has_and_never_stop_the_first_trial(base
     assert decide(9, 60.0) == "CONTINUE"
     assert decide(10, 10.0) == stop
     assert decide(0, 10.0) == "CONTINUE"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "status", "parts"),
+    [
+        ((2, 2), 1, ["needs 4 GPUs H100 together on one machine, and none has so many", "recipe.engine.processes"]),
+        ((2, 4), 0, ["each trial takes 4 GPUs H100 together", "To do: 2 of 2 jobs, about", "GPU hours, on 2 machines"]),
+    ],
+)
+def test_a_plan_says_what_trials_take_and_a_trial_is_on_one_node(gpus, status, parts, capsys, monkeypatch, tmp_path):
+    nodes = [Node(str(number), 8, count, "H100") for number, count in enumerate(gpus)]
+    monkeypatch.setattr(SearchSession, "_nodes", lambda *_: nodes)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    engine = "suite.benchmarks.classification.recipe.engine"
+    given = [*MINIATURE, "search=asha", "search.trials=2", "models=[test_hivit]", "plan=true", f"output={tmp_path}"]
+    given += ["suite.benchmarks.segmentation.stages=[cost]", "~search.space.batch_size"]
+    given += [f"{engine}.processes=4", f"{engine}.gpu_type=H100", f"{engine}.gpu_fraction=1.0"]
+    assert run.main(given) == status
+    written = capsys.readouterr()
+    for part in parts:
+        assert part in " ".join((written.err if status else written.out).split())
+
+
+def test_tune_is_asked_for_the_type_of_gpu_of_a_node_that_has_all(base, monkeypatch, tmp_path):
+    from runners import tune
+
+    class Asked(Exception):
+        pass
+
+    def asked_for(work, resources):
+        raise Asked(resources)
+
+    nodes = [Node("a", 64, 4, "A100"), Node("b", 6, 2, "H100")]
+    monkeypatch.setattr(tune, "alive_nodes", lambda: nodes)
+    monkeypatch.setattr(tune.tune, "with_parameters", lambda work, **_: work)
+    monkeypatch.setattr(tune.tune, "with_resources", asked_for)
+    place = Workplace(tmp_path, tmp_path, "test")
+    trials = draw_trials(search(), base)
+    with pytest.raises(Asked) as asked:
+        tune.run(trials, [], search(), place, Needs(4, 1.0, 2, "H100"), print)
+    assert asked.value.args[0] == {"CPU": 6, "GPU": 2, "accelerator_type:H100": 0.001}
+    with pytest.raises(InputError, match="needs 2 GPUs of the type H200"):
+        tune.run(trials, [], search(), place, Needs(4, 1.0, 2, "H200"), print)
+
+
+def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, monkeypatch, tmp_path):
+    from runners import tune
+
+    def run_job(*_):
+        raise NotADirectoryError(20, "Not a directory", "jobs")
+
+    reported = []
+    monkeypatch.setattr(tune, "run_job", run_job)
+    monkeypatch.setattr(tune.tune, "report", reported.append)
+    trials = {trial.number: trial for trial in draw_trials(search(), base)}
+    place = Workplace(tmp_path, tmp_path, "test")
+    tune._work({"number": 1}, trials, place)
+    keeper = tune._Keeper(trials, search(), place, lambda *_: pytest.fail("a record"))
+    stop = tune._AtAnError(keeper.errors)
+    assert not stop.stop_all()
+    keeper.on_trial_complete(1, [], SimpleNamespace(config={"number": 1}, last_result=reported[0]))
+    assert stop.stop_all()
+    assert [error.filename for error in keeper.errors] == ["jobs"]
+    assert not list(Ledger(place.ledger).records())
 
 
 def records(output):
