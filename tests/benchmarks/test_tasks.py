@@ -78,9 +78,15 @@ def test_every_family_of_every_suite_builds(job):
         assert model(images).shape == (1, job.num_classes, sides[0], sides[0])
 
 
-@pytest.mark.parametrize("suite", [suite for suite in SUITES if not suite.endswith("_ocr")])
-def test_every_suite_has_all_four_families(suite):
+@pytest.mark.parametrize("suite", [s for s in SUITES if not (s.endswith("_ocr") or s.startswith("ablation_"))])
+def test_every_suite_that_compares_has_all_four_families(suite):
     families = {zoo.family(job.model) for job in jobs(suite, "cost")}
+    assert families >= {"HRViT", "HRFormer", "HiViT", "HIRI-ViT"}
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_the_demo_trains_all_four_families_in_both_tasks(task):
+    families = {zoo.family(job.model) for job in jobs("demo", "train") if job.task == task}
     assert families >= {"HRViT", "HRFormer", "HiViT", "HIRI-ViT"}
 
 
