@@ -11,6 +11,7 @@ import pytest
 from tests_support import ROOT, configuration
 
 from runners import run, session
+from runners.plan import make_jobs
 
 COST = ["executor=inline", "stages=[cost]"]
 
