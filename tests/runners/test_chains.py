@@ -70,10 +70,14 @@ def test_a_segmentation_depends_on_the_classification_that_it_starts_from():
     assert pairs[0] != pairs[1]
 
 
+def three_classes() -> tuple[str, ...]:
+    return "n1", "n2", "n3"
+
+
 def test_the_chain_runs_and_the_backbone_has_the_classifications_weights(tmp_path, monkeypatch):
-    expect(monkeypatch, "imagenet1k", training_count=6, validation_count=3, num_classes=3)
+    expect(monkeypatch, "imagenet1k", training_count=6, validation_count=3, num_classes=3, class_names=three_classes)
     expect(monkeypatch, "ade20k", training_count=2, validation_count=1)
-    make_imagenet(tmp_path, ["n1", "n2", "n3"])
+    make_imagenet(tmp_path, three_classes())
     make("ade20k", tmp_path, training=2, validation=1)
     began: list[dict[str, torch.Tensor]] = []
     train = segmentation.train
