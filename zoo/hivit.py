@@ -190,7 +190,32 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class HiViT(Backbone):
+class HiViTBase(Backbone):
+    """What all forms of HiViT share: the classifier, and which parameters do not decay."""
+
+    family = "HiViT"
+    maps_are_normed = False
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the tokens, LayerNorm, Linear: (B, C, h, w) -> (B, num_classes)."""
+        if self.global_pool:
+            x = self.head_drop(self.fc_norm(x.mean((2, 3))))
+        return x if pre_logits else self.head(x)
+
+    def _drop_head(self) -> None:
+        self.fc_norm = nn.Identity()
+        super()._drop_head()
+
+    def _new_head(self, **factory: Any) -> nn.Module:
+        head = super()._new_head(**factory)
+        init_weights(head)
+        return head
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(("absolute_pos_embed", RELATIVE_TABLE))}
+
+
+class HiViT(HiViTBase):
     """HiViT image classifier; `DenseHiViT` differs in the positions that it stores.
 
     Any image size works: images are zero-padded on the right and bottom to multiples of 16 and the position information
@@ -200,8 +225,6 @@ class HiViT(Backbone):
     `published_taps` is the one at 16, max-pooled: its sides are rounded down.
     """
 
-    family = "HiViT"
-    maps_are_normed = False
     dense = False
 
     def __init__(
@@ -266,12 +289,6 @@ class HiViT(Backbone):
     def num_maps(cfg: HiViTConfig) -> int:
         return 1 if not cfg.hierarchical else 4 if cfg.published_taps else 3
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the tokens, LayerNorm, Linear: (B, C, h, w) -> (B, num_classes)."""
-        if self.global_pool:
-            x = self.head_drop(self.fc_norm(x.mean((2, 3))))
-        return x if pre_logits else self.head(x)
-
     def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
         last = len(self.blocks) - 1 if whole else self.taps[max(take)]
         features, maps = self._forward(x, [self.taps[index] for index in take], last)
@@ -327,18 +344,6 @@ class HiViT(Backbone):
         if last < self.main_start:
             self.absolute_pos_embed = None
         return shortened
-
-    def _drop_head(self) -> None:
-        self.fc_norm = nn.Identity()
-        super()._drop_head()
-
-    def _new_head(self, **factory: Any) -> nn.Module:
-        head = super()._new_head(**factory)
-        init_weights(head)
-        return head
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(("absolute_pos_embed", RELATIVE_TABLE))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {

@@ -17,8 +17,8 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
 from zoo.attention import Attention
-from zoo.backbone import Backbone, check_size
-from zoo.hivit import BIAS_CACHE_BYTES, RELATIVE_TABLE, Block, HiViTConfig, init_weights, layer_norm, resize_position
+from zoo.backbone import check_size
+from zoo.hivit import BIAS_CACHE_BYTES, Block, HiViTBase, HiViTConfig, init_weights, layer_norm, resize_position
 from zoo.recompute import checkpoint_block
 from zoo.relative_position import Grid
 
@@ -64,15 +64,12 @@ class Stage(nn.Module):
         return x.unflatten(1, grid) if self.is_global else x
 
 
-class WindowHiViT(Backbone):
+class WindowHiViT(HiViTBase):
     """HiViT whose first two stages, and if so configured the third and a fourth, attend within shifted windows.
 
     Any image size works: what is left over is padded with zeros on the right and bottom, the image to a multiple of 4,
     each map to whole windows. The features before pooling are the last map (B, C, h, w); no norm follows it.
     """
-
-    family = "HiViT"
-    maps_are_normed = False
 
     def __init__(
         self,
@@ -110,12 +107,6 @@ class WindowHiViT(Backbone):
     def num_maps(cfg: HiViTConfig) -> int:
         return 4 if cfg.last_depth else 3
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Mean over the tokens, LayerNorm, Linear: (B, C, h, w) -> (B, num_classes)."""
-        if self.global_pool:
-            x = self.head_drop(self.fc_norm(x.mean((2, 3))))
-        return x if pre_logits else self.head(x)
-
     def _run(self, x: Tensor, take: Sequence[int], whole: bool) -> tuple[Tensor, list[Tensor]]:
         x = self.patch_embed(x)
         maps = []
@@ -132,18 +123,6 @@ class WindowHiViT(Backbone):
         shortened = max(take) < len(self.stages) - 1
         self.stages = self.stages[: max(take) + 1]
         return shortened
-
-    def _drop_head(self) -> None:
-        self.fc_norm = nn.Identity()
-        super()._drop_head()
-
-    def _new_head(self, **factory: Any) -> nn.Module:
-        head = super()._new_head(**factory)
-        init_weights(head)
-        return head
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(("absolute_pos_embed", RELATIVE_TABLE))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         stage = r"^(?:.*\.)?stages\.(\d+)\."
