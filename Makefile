@@ -11,7 +11,7 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Stamps: an installation that was interrupted, or that is older than its requirements, is done again.
 .venv/installed: pyproject.toml constraints.txt
