@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks import cost
 from benchmarks.conventions import CONVENTIONS, paper_convention
+from benchmarks.device_lock import alone_on
 from benchmarks.distributed import measure_in_processes
 from benchmarks.engine import Context, Outcome, forget_runners
 from benchmarks.errors import Blocked
@@ -44,7 +45,7 @@ def measure(
         if job.stage == "cost":
             return _cost(job)
         if job.stage == "speed":
-            return _speed(job)
+            return _speed(job, context)
         if job.recipe.engine.processes > 1 and not torch.distributed.is_initialized():
             return launch(job, context, trained or {})
         with deterministic(job):
@@ -103,21 +104,24 @@ def _build_without_weights(job: Job) -> nn.Module:
         return _task(job).build_model(job)
 
 
-def _speed(job: Job) -> Outcome:
+def _speed(job: Job, context: Context) -> Outcome:
     settings = job.speed
     _check_device(settings)
-    speed = measure_speed(
-        _task(job).build_model(job),
-        (3, *job.input_size),
-        batch_size=settings.batch_size,
-        device=settings.device,
-        repeats=settings.repeats,
-        warmup=settings.warmup,
-        max_seconds=settings.max_seconds,
-        train_step=settings.train_step,
-        yardstick=default_yardstick(),
-        threads=settings.threads,
-    )
+    model, yardstick = _task(job).build_model(job), default_yardstick()
+    waits = {"fraction": 0.0, "text": "another run times on this device; waiting"}
+    with alone_on(settings.device, lambda: context.progress(waits)) as no_lock:
+        speed = measure_speed(
+            model,
+            (3, *job.input_size),
+            batch_size=settings.batch_size,
+            device=settings.device,
+            repeats=settings.repeats,
+            warmup=settings.warmup,
+            max_seconds=settings.max_seconds,
+            train_step=settings.train_step,
+            yardstick=yardstick,
+            threads=settings.threads,
+        )
     milli, mega = 1e3, 1e-6
     metrics = {
         "throughput": speed.throughput,
@@ -147,7 +151,7 @@ def _speed(job: Job) -> Outcome:
             "foreign_load": speed.foreign_load,
             "yardstick": "timm convnext_tiny, features only, interleaved with the model",
         },
-        notes=list(speed.notes),
+        notes=[*speed.notes, *([no_lock] if no_lock else [])],
     )
 
 
