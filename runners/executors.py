@@ -6,6 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,13 +19,15 @@ from benchmarks.errors import WorkerLost
 from benchmarks.job import Job
 from results.ledger import Ledger
 from results.record import Record
-from runners.execute import Workplace, make_record, run_job
+from runners.execute import FULL, Workplace, make_record, run_job
 from runners.machine import usable_cpus
 
-RETRIES = 3  # of a job whose worker died; errors of the job itself are not retried
+RETRIES = 3  # of a job whose worker died, and of one that met a full disk; errors of the job itself are not retried
+PAUSE = 2.0  # seconds, after which a full disk is tried again; doubled each time
 GIB_PER_WORKER = 1.5  # what a training of the demo's size takes, libraries included
 
 Done = Callable[[Record, Sequence[str]], None]
+Tell = Callable[[str], None]
 
 
 def workers(free_gib: float) -> int:
@@ -32,11 +36,47 @@ def workers(free_gib: float) -> int:
 
 
 class Executor(Protocol):
-    """Runs jobs, those that others depend on first, and calls `done` with each record as it comes."""
+    """Runs jobs, those that others depend on first, and calls `done` with each record as it comes.
+
+    A job whose worker died, or that met a full disk, is begun again as `Tries` says; `tell` gets a line for the user.
+
+    Raises:
+        OSError: the output folder cannot be written, or its disk stayed full.
+    """
 
     slots: int  # jobs side by side
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None: ...
+    def run(self, jobs: Sequence[Job], done: Done, tell: Tell = ...) -> None: ...
+
+
+def tell_nobody(message: str) -> None:
+    """What an executor tells, where nobody listens."""
+
+
+class Tries:
+    """How often each job was begun again for what is no fault of its own, and whether it may be once more."""
+
+    def __init__(self, workplace: Workplace, tell: Tell):
+        self.workplace = workplace
+        self.tell = tell
+        self.deaths: Counter[str] = Counter()
+        self.full: Counter[str] = Counter()
+
+    def after_death(self, job: Job, error: WorkerLost) -> Record | None:
+        """None: the job may go on from its last checkpoint. Else its record: it has been given up."""
+        self.deaths[job.key] += 1
+        if self.deaths[job.key] <= RETRIES:
+            return None
+        return Ledger(self.workplace.ledger).put(worker_died(job, self.workplace, self.deaths[job.key], error))
+
+    def after_error(self, job: Job, error: OSError) -> float:
+        """Seconds after which the job may go on from its last checkpoint. Raises `error` where it is not to."""
+        self.full[job.key] += 1
+        if error.errno not in FULL or self.full[job.key] > RETRIES:
+            raise error
+        pause = PAUSE * 2 ** (self.full[job.key] - 1)
+        self.tell(f"the disk of {self.workplace.output} is full ({error.strerror}); trying again in {pause:g} s")
+        return pause
 
 
 def outline(record: Record) -> Record:
@@ -86,8 +126,8 @@ class Inline:
         self.workplace = workplace
         self.finished = finished
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
-        queue = Queue(jobs, self.finished)
+    def run(self, jobs: Sequence[Job], done: Done, tell: Tell = tell_nobody) -> None:
+        queue, tries = Queue(jobs, self.finished), Tries(self.workplace, tell)
         while queue.waiting:
             for record in queue.hopeless():
                 done(record, [])
@@ -97,17 +137,19 @@ class Inline:
             # What has just become possible goes first: a trained model is evaluated before the next is trained.
             job = next((job for job in ready if job.depends_on), ready[0])
             del queue.waiting[job.key]
-            record, messages = self._run(job)
+            record, messages = self._run(job, tries)
             queue.records[job.key] = outline(record)
             done(record, messages)
 
-    def _run(self, job: Job) -> tuple[Record, list[str]]:
-        for deaths in range(RETRIES + 1):
+    def _run(self, job: Job, tries: Tries) -> tuple[Record, list[str]]:
+        while True:
             try:
                 return run_job(job, self.workplace)
             except WorkerLost as error:
-                lost = worker_died(job, self.workplace, deaths + 1, error)
-        return Ledger(self.workplace.ledger).put(lost), []
+                if (given_up := tries.after_death(job, error)) is not None:
+                    return given_up, []
+            except OSError as error:
+                time.sleep(tries.after_error(job, error))
 
 
 def worker_died(job: Job, workplace: Workplace, times: int, error: WorkerLost) -> Record:
@@ -120,8 +162,8 @@ def worker_died(job: Job, workplace: Workplace, times: int, error: WorkerLost) -
 class Processes:
     """Jobs that need a CPU core for a second and depend on none (counting, above all), in processes of this machine.
 
-    They start in the time that the libraries take to load, once for all of them. Should one be killed, the jobs that
-    are left run in this process.
+    They start in the time that the libraries take to load, once for all of them. Should one be killed, or meet a full
+    disk, the jobs that are left run in this process.
     """
 
     def __init__(self, workplace: Workplace, count: int):
@@ -135,7 +177,7 @@ class Processes:
         with _silent():  # some libraries complain while they load
             forkserver.ensure_running()
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
+    def run(self, jobs: Sequence[Job], done: Done, tell: Tell = tell_nobody) -> None:
         pool = ProcessPoolExecutor(self.slots, mp_context=self._context, initializer=_start_worker)
         left = {job.key: job for job in jobs}
         try:
@@ -143,8 +185,11 @@ class Processes:
                 record, messages = future.result()
                 del left[record.key]
                 done(record, messages)
-        except BrokenProcessPool:
-            Inline(self.workplace, {}).run(list(left.values()), done)
+        except (BrokenProcessPool, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in FULL:
+                raise
+            pool.shutdown(cancel_futures=True)
+            Inline(self.workplace, {}).run(list(left.values()), done, tell)
         finally:
             pool.shutdown(cancel_futures=True)
 

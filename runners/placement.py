@@ -113,6 +113,7 @@ class Schedule:
         self.needs = needs
         self.rooms = {node.name: _Room(node) for node in nodes}
         self.running: dict[str, tuple[Placement, list[list[int]]]] = {}
+        self.avoided: dict[str, set[str]] = {}
         chains = _chains(needs, depends_on)
         order = sorted(needs, key=lambda key: (not needs[key].first, -chains[key]))
         self._rank = {key: place for place, key in enumerate(order)}
@@ -128,7 +129,10 @@ class Schedule:
             if kind in refused:
                 continue
             rooms = [room for name, room in self.rooms.items() if name not in kept]
-            placement = _place(needs, rooms, self.rooms.values())
+            placement, avoided = None, self.avoided.get(key)
+            if avoided:
+                placement = _place(needs, [r for r in rooms if r.node.name not in avoided], self.rooms.values())
+            placement = placement or _place(needs, rooms, self.rooms.values())
             if placement is None:
                 if not refused:
                     kept = self._keep(needs)
@@ -143,6 +147,10 @@ class Schedule:
         for share, devices in zip(*self.running.pop(key), strict=True):
             if share.node in self.rooms:
                 self.rooms[share.node].give(share, devices)
+
+    def avoid(self, key: str, nodes: Iterable[str]) -> None:
+        """The job is to start elsewhere, where there is room when it starts."""
+        self.avoided.setdefault(key, set()).update(nodes)
 
     def update(self, nodes: Iterable[Node]) -> set[str]:
         """The cluster has these nodes now; returns the running jobs that were on one that is gone."""

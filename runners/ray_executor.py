@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ from typing import Any
 
 from benchmarks.errors import InputError, WorkerLost
 from benchmarks.job import Job
-from results.ledger import Ledger
 from results.record import Record
 from runners.config import Cluster
 from runners.estimate import needs
 from runners.execute import Workplace, make_record, run_job
-from runners.executors import RETRIES, Done, Queue, outline, worker_died
+from runners.executors import Done, Queue, Tell, Tries, outline, tell_nobody
 from runners.placement import Node, Placement, Schedule
 
 SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they are blocked
@@ -37,9 +35,10 @@ class _Running:
 class Ray:
     """Jobs as Ray tasks, each on the nodes that a `Schedule` chose.
 
-    A job whose worker died (killed, out of memory, its node lost) is placed anew, up to `RETRIES` times, and goes on
-    from its last checkpoint. A group that no node has the GPUs for gets a placement group of Ray's, which is there as a
-    whole or not at all. Ray's token authentication stays on, its dashboard off; nothing is reported home.
+    A job whose worker died (killed, out of memory, its node lost), or that met a full disk, is placed anew as `Tries`
+    says, and goes on from its last checkpoint; after a full disk on another node, if one has room. A group that no node
+    has the GPUs for gets a placement group of Ray's, which is there as a whole or not at all. Ray's token
+    authentication stays on, its dashboard off; nothing is reported home.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Ray:
         self.macs = macs
         self.slots = slots
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
+    def run(self, jobs: Sequence[Job], done: Done, tell: Tell = tell_nobody) -> None:
         with connected(self.cluster, self.slots):
             import ray
 
@@ -65,15 +64,16 @@ class Ray:
             nodes = alive_nodes()
             asked = {job.key: needs(job, self.macs, nodes) for job in jobs}
             schedule = Schedule(asked, {job.key: job.depends_on for job in jobs}, nodes)
-            queue = Queue(jobs, self.finished)
+            queue, tries = Queue(jobs, self.finished), Tries(self.workplace, tell)
             running: dict[Any, _Running] = {}
-            deaths: Counter[str] = Counter()
+            pauses: dict[str, float] = {}  # until when a job that met a full disk waits
             looked = waited = time.monotonic()
             while queue.waiting or running:
                 for record in queue.hopeless():
                     done(record, [])
                 ready = queue.ready()
-                for key, placement in schedule.start(job.key for job in ready):
+                now = time.monotonic()
+                for key, placement in schedule.start(job.key for job in ready if pauses.get(job.key, 0.0) <= now):
                     reference, started = self._start(queue.waiting.pop(key), placement)
                     running[reference] = started
                 if running:
@@ -100,12 +100,15 @@ class Ray:
                     except WorkerLost as error:
                         schedule.update(alive_nodes())  # at once: no job is to be sent to a node that is gone
                         began = not isinstance(error, NeverBegan) or schedule.has(started.nodes)
-                        deaths[job.key] += began
-                        if deaths[job.key] <= RETRIES:
+                        record, messages = tries.after_death(job, error) if began else None, []
+                        if record is None:
                             queue.waiting[job.key] = job
                             continue
-                        lost = worker_died(job, self.workplace, deaths[job.key], error)
-                        record, messages = Ledger(self.workplace.ledger).put(lost), []
+                    except OSError as error:
+                        pauses[job.key] = time.monotonic() + tries.after_error(job, error)
+                        schedule.avoid(job.key, started.nodes)
+                        queue.waiting[job.key] = job
+                        continue
                     finally:
                         _free(started)
                     queue.records[job.key] = outline(record)

@@ -147,7 +147,7 @@ class Session:
                 self.console.print(f"[green]✓[/green] {escape(_line(record))}", soft_wrap=True)
 
         with view:
-            executor.run(jobs, done)
+            executor.run(jobs, done, self._tell)
 
     def _nodes(self, missing: list[Job], free: float) -> list[Node]:
         """The machines that this run may use."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ def make_jobs(number: int) -> list[Job]:
 
 
 def counted(key: str, output: Path) -> list[tuple[str, int]]:
-    """(process, step) of all that was done for a job, in order."""
+    """(try, step) of all that was done for a job, in order."""
     lines = (output / "steps" / f"{key}.log").read_text().splitlines()
     return [(line.split()[0], int(line.split()[1])) for line in lines]
 
@@ -39,12 +40,12 @@ def count(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
     """
 
     def measure(job, workplace, ledger, messages, tell, launch):
-        steps = json.loads(workplace.command)
+        steps, this = json.loads(workplace.command), f"{os.getpid()}-{secrets.token_hex(3)}"
         checkpoint = workplace.output / "steps" / f"{job.key}.json"
         step, state = json.loads(checkpoint.read_text()) if checkpoint.exists() else (0, 0.0)
         while step < max(steps, 1) or not (steps or (workplace.output / "end").exists()):
             with open(checkpoint.with_suffix(".log"), "a") as log:
-                log.write(f"{os.getpid()} {step}\n")
+                log.write(f"{this} {step}\n")
             time.sleep(SECONDS)
             tell({"fraction": 0.5, "text": "counting"})
             state = (31 * state + random.Random(f"{job.seed} {step}").random()) % 1000
@@ -68,7 +69,11 @@ def main(output: Path, number: int, steps: int) -> int:
     def keep(record, messages):
         done[record.key] = record
 
-    ray_executor.Ray(workplace, dict(done), Cluster.auto, {}, 2).run(missing, keep)
+    try:
+        ray_executor.Ray(workplace, dict(done), Cluster.auto, {}, 2).run(missing, keep, print)
+    except OSError as error:
+        print(f"error: {error}")
+        return 1
     return 0 if all(record.done for record in done.values()) else 2
 
 

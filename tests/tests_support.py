@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,12 @@ MINIATURE = [
     ),
     "suite.benchmarks.classification.recipe.drop_path_rate=0.1",
 ]
+
+
+def may_mount() -> bool:
+    """Whether a user of this machine may mount a file system that only their own processes see."""
+    tried = ["unshare", "-rm", "true"]
+    return shutil.which(tried[0]) is not None and subprocess.run(tried, capture_output=True).returncode == 0
 
 
 class CommandLine:

@@ -82,7 +82,7 @@ def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
     workplace.output.mkdir()
     monkeypatch.setattr(ray_executor, "run_job", die)
     monkeypatch.setattr(ray_executor, "alive_nodes", look_too_early)
-    monkeypatch.setattr(ray_executor, "RETRIES", 1)
+    monkeypatch.setattr(executors, "RETRIES", 1)
     done = []
     ray(workplace).run([job()], lambda record, messages: done.append(record))
     assert [record.status for record in done] == ["failed"]
@@ -93,13 +93,18 @@ def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
 
 def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
     def fill(job, workplace):
+        workplace.output.mkdir(exist_ok=True)
+        with open(workplace.output / "starts", "a") as starts:
+            starts.write("x")
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/record.json")
 
     monkeypatch.setattr(ray_executor, "run_job", fill)
+    monkeypatch.setattr(executors, "PAUSE", 0.01)
     with pytest.raises(OSError, match="No space left") as error:
         ray(workplace).run([job()], lambda record, messages: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
     assert type(error.value) is OSError
+    assert (workplace.output / "starts").read_text() == "x" * (1 + executors.RETRIES)
 
 
 def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monkeypatch):

@@ -1,10 +1,13 @@
 """What is lost, and what it costs: workers, nodes, drivers and disk space, at random moments, for real.
 
-`pytest -m long tests/runners/test_faults.py -s` kills at least twenty times; a number in SEED repeats its moments.
+`pytest -m long tests/runners/test_faults.py -s` kills at least twenty times, and fills the disk in between; a number in
+SEED repeats its moments.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import os
 import random
@@ -24,10 +27,13 @@ import pytest
 import ray
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
-from tests_support import ROOT, CommandLine
+from tests_support import ROOT, CommandLine, may_mount
 
 from results.ledger import Ledger
+from runners import config, executors, ray_executor
+from runners.execute import Workplace, make_record
 from runners.executors import RETRIES
+from runners.run import WRONG_INPUT
 from runners.session import INCOMPLETE
 
 BUSY = ("ray::speed", "ray::train", "ray::evaluate")  # how Ray calls a worker while it has a job
@@ -64,6 +70,27 @@ class Nodes:
                     raise
 
 
+class Disk:
+    """A file system of this process and what it starts, for an output folder: small, so that it can be filled."""
+
+    def __init__(self, folder: Path, megabytes: int):
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=True)
+        self.filler = folder / "filler"
+
+    def fill(self, seconds: float) -> None:
+        """Keeps it full to the last byte for so long: what somebody gives back is taken, too."""
+        end = time.monotonic() + seconds
+        with open(self.filler, "wb", buffering=0) as file:
+            while time.monotonic() < end:
+                for block in (2**16, 2**10, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(block)):
+                            pass
+                time.sleep(0.05)
+        self.filler.unlink()
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a short path: the names of sockets are limited
@@ -88,16 +115,20 @@ def dice_of(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(seed)
 
 
-def scores(output: Path) -> dict[str, dict[str, float]]:
-    """What does not depend on the machine's speed, by job, and the digests of what was trained."""
+def comparable(output: Path) -> dict[str, dict]:
+    """All that the records say but provenance, times, and what a training tells of its being resumed."""
     ledger = Ledger(output / "ledger")
-    records = ledger.records()
+    found = {}
+    for record in ledger.records():
+        assert record.status == "done", record.reason
+        plain = record.to_dict() | {"provenance": None}
+        plain["details"] = {k: v for k, v in record.details.items() if k not in ("resumed_from", "foreign_load")}
+        plain["artifacts"] = {k: v for k, v in record.artifacts.items() if k != "curves"}  # called after the time
+        if record.stage == "speed":
+            plain |= {"metrics": sorted(record.metrics), "samples": sorted(record.samples), "notes": None}
+        found[record.key] = plain
     assert not ledger.reports
-    assert {record.status for record in records} == {"done"}
-    return {
-        record.key: {} if record.stage == "speed" else record.metrics | {"sha": record.details.get("weights_sha256")}
-        for record in records
-    }
+    return found
 
 
 def done_files(output: Path) -> dict[Path, bytes]:
@@ -148,17 +179,17 @@ def lose(what: str, nodes: Nodes, driver: subprocess.Popen, dice: random.Random)
 
 
 def check_steps(output: Path) -> int:
-    """That no step of a light job was lost, and none done twice but one that a kill cut off; returns the workers."""
-    workers = 0
+    """That no step of a light job was lost, and none done twice but one that was cut off; returns the tries."""
+    tries = 0
     for job in Ledger(output / "ledger").records():
         done = light_jobs.counted(job.key, output)
-        turns = [process for process, _ in itertools.groupby(process for process, _ in done)]
-        assert len(turns) == len(set(turns))  # one worker after the other, never two at a time
+        turns = [each for each, _ in itertools.groupby(each for each, _ in done)]
+        assert len(turns) == len(set(turns))  # one try after the other, never two at a time
         steps = int(job.metrics["iterations"])
         assert set(range(steps)) <= {step for _, step in done} <= set(range(steps + 1))
         assert len(done) <= steps + len(turns)  # each repeats at most the step that its predecessor did not finish
-        workers += len(turns)
-    return workers
+        tries += len(turns)
+    return tries
 
 
 def test_a_worker_a_node_and_a_driver_are_lost(nodes, tmp_path, request):
@@ -184,7 +215,37 @@ def test_a_worker_a_node_and_a_driver_are_lost(nodes, tmp_path, request):
     assert check_steps(tmp_path) > 4
 
 
+def test_a_job_that_meets_a_full_disk_goes_on_elsewhere_after_a_pause(nodes, tmp_path, monkeypatch):
+    """On the other node, since the disk may be a node's own; where both were full, on either."""
+
+    def meet(job, workplace):
+        with open(workplace.output / "starts", "a+") as starts:
+            starts.write(f"{ray.get_runtime_context().get_node_id()} {time.time()}\n")
+            starts.seek(0)
+            if len(starts.readlines()) < 4:
+                raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+        return make_record(job, "done", None), []
+
+    monkeypatch.setattr(ray_executor, "run_job", meet)
+    monkeypatch.setattr(executors, "PAUSE", 0.5)
+    (job,), done, told = light_jobs.make_jobs(1), [], []
+    executor = ray_executor.Ray(Workplace(tmp_path, tmp_path, "test"), {}, config.Cluster.auto, {}, 2)
+    executor.run([job], lambda record, messages: done.append(record.status), told.append)
+    assert done == ["done"]
+    starts = [line.split() for line in (tmp_path / "starts").read_text().splitlines()]
+    assert len(starts) == 4
+    assert starts[0][0] != starts[1][0]
+    times = [float(at) for _, at in starts]
+    for pause, (before, after) in zip((0.5, 1, 2), itertools.pairwise(times), strict=True):
+        assert after - before >= pause
+    assert [line.rpartition("; ")[2] for line in told] == [f"trying again in {pause} s" for pause in (0.5, 1, 2)]
+
+
 KILLS = 20
+KINDS = {"worker", "node", "driver", "disk"}
+INSIDE = "MAY_MOUNT"  # an environment variable of the process that may
+MEGABYTES = {"light": 16, "trainings": 100}  # of the disk; several times what a run writes
+LONGEST_FILLING = 5.0  # seconds: less than the pauses of a job that meets a full disk
 LONG = [
     "seeds=[0,1]",
     *(
@@ -195,38 +256,54 @@ LONG = [
 ]
 
 
-def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills: Counter[str]) -> Counter[int]:
-    """A run in which something dies again and again, started anew where it was the run, until all is done.
+def enough(kills: Counter[str], kinds: set[str]) -> bool:
+    return kills.total() - kills["disk"] >= KILLS and kills.keys() == kinds
+
+
+def disturb(
+    nodes: Nodes, start: Start, output: Path, disk: Disk | None, dice: random.Random, kills: Counter[str]
+) -> Counter[int]:
+    """A run in which something dies or fills again and again, started anew where it was the run, until all is done.
 
     Returns:
         How often a driver that was not killed ended with which exit status.
     """
     began = time.monotonic()
     before = kills.total()
+    kinds = KINDS if disk else KINDS - {"disk"}
     kept: dict[Path, bytes] = {}
     driver = start(output)
     wait_until(nodes.workers)
     pace = time.monotonic() - began  # of a start: with faster kills nothing would happen in between
     ends: Counter[int] = Counter()
-    suffered = 0  # deaths among this driver's workers
+    suffered = filled = 0  # deaths among this driver's workers, and full disks
     while ends.total() < 20:
         try:
-            driver.wait(timeout=dice.uniform(0.1, 1.5) * pace if kills.total() < KILLS else None)
+            driver.wait(timeout=None if enough(kills, kinds) else dice.uniform(0.1, 1.5) * pace)
         except subprocess.TimeoutExpired:
             kept |= done_files(output)
-            what = dice.choice(["worker", "worker", "node", "driver"] if nodes.workers() else ["node", "driver"])
-            lose(what, nodes, driver, dice)
+            possible = sorted(kinds) if nodes.workers() else ["driver", "node"]
+            what = dice.choice([*possible, "worker"] if "worker" in possible else possible)
+            at = f"{time.monotonic() - began:4.0f} s"
+            if what == "disk":
+                seconds = dice.uniform(0.5, LONGEST_FILLING)
+                print(f"  {at}: disk full for {seconds:.1f} s, {len(kept)} records done", flush=True)
+                disk.fill(seconds)
+            else:
+                print(f"  {at}: {what} killed, {len(kept)} records done", flush=True)
+                lose(what, nodes, driver, dice)
             kills[what] += 1
-            suffered += what != "driver"
-            print(f"  {time.monotonic() - began:4.0f} s: {what} killed, {len(kept)} records done", flush=True)
+            suffered += what in ("worker", "node")
+            filled += what == "disk"
         else:
             ends[driver.returncode] += 1
             assert driver.returncode != INCOMPLETE or suffered > RETRIES  # no single loss uses up several tries
+            assert driver.returncode != WRONG_INPUT or filled > 1  # nor does a disk that is full once
             if driver.returncode == 0:
                 break
         if driver.poll() is not None:
             driver = start(output)
-            suffered = 0
+            suffered = filled = 0
     assert driver.returncode == 0
     assert not list(output.glob("ledger/damaged/*"))
     for path, content in kept.items():
@@ -237,8 +314,18 @@ def disturb(nodes: Nodes, start: Start, output: Path, dice: random.Random, kills
 
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["light", "trainings"])
-def test_twenty_kills(nodes, tmp_path, request, what):
-    """Beside an undisturbed run: the same jobs, the same numbers, nothing lost and nothing done twice."""
+def test_twenty_kills(tmp_path, request, what):
+    """Beside an undisturbed run: the same jobs, the same records, nothing lost and nothing done twice.
+
+    The test runs itself once more in a namespace, where it may mount the disk that fills.
+    """
+    if INSIDE not in os.environ and may_mount():
+        again = [sys.executable, "-m", "pytest", "-m", "long", "-s", "--basetemp", str(tmp_path / "inside")]
+        again += [request.node.nodeid]
+        done = subprocess.run(["unshare", "-rm", *again], env=os.environ | {INSIDE: "1"}, cwd=request.config.rootpath)
+        assert done.returncode == 0
+        return
+    nodes = request.getfixturevalue("nodes")
     dice = dice_of(request)
     began = time.monotonic()
     undisturbed = tmp_path / "undisturbed"
@@ -248,19 +335,22 @@ def test_twenty_kills(nodes, tmp_path, request, what):
     else:
         start = trainings(tmp_path / "data", "executor=ray", "cluster=auto")
         assert trainings(tmp_path / "data", "executor=inline")(undisturbed).wait() == 0
-    print(f"undisturbed: {time.monotonic() - began:.0f} s")
+    expected = comparable(undisturbed)
+    print(f"undisturbed: {len(expected)} jobs, {time.monotonic() - began:.0f} s")
     kills: Counter[str] = Counter()
     resumed = rounds = 0
-    while kills.total() < KILLS:
+    while not enough(kills, KINDS if INSIDE in os.environ else KINDS - {"disk"}):
         rounds += 1
         output = tmp_path / f"disturbed{rounds}"
-        ends = disturb(nodes, start, output, dice, kills)
-        assert scores(output) == scores(undisturbed)
+        disk = Disk(output, MEGABYTES[what]) if INSIDE in os.environ else None
+        ends = disturb(nodes, start, output, disk, dice, kills)
+        assert comparable(output) == expected
         if what == "light":
-            assert ends.keys() <= {0, INCOMPLETE}  # no driver broke down
-            resumed += check_steps(output) - len(scores(output))
+            assert ends.keys() <= {0, WRONG_INPUT, INCOMPLETE}  # no driver broke down
+            resumed += check_steps(output) - len(expected)
         else:
             records = Ledger(output / "ledger").records()
             resumed += sum(record.details.get("resumed_from") is not None for record in records)
-    print(f"{kills.total()} kills {dict(kills)} in {rounds} runs; jobs that went on from a checkpoint: {resumed}")
+    counts = f"{kills.total() - kills['disk']} kills {dict(kills)} in {rounds} runs, {time.monotonic() - began:.0f} s"
+    print(f"{counts}; jobs that went on from a checkpoint: {resumed}")
     assert resumed

@@ -7,23 +7,23 @@ import dataclasses
 import errno
 import os
 import random
-import shutil
 import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
 
 import pytest
-from tests_support import CommandLine
+from tests_support import ROOT, CommandLine, may_mount
 
 from benchmarks import measure
 from benchmarks.engine import Outcome
+from benchmarks.errors import WorkerLost
 from benchmarks.job import Job, Recipe
 from results.ledger import Ledger
-from runners import execute
+from runners import execute, executors
 from runners.execute import Workplace, run_job
 
-# A file system of its own, which the test's process cannot see: the run, the filling and the freeing are all in there.
+# A file system of its own, which the test's process cannot see: the runs, the filling and the freeing are all in there.
 INSIDE = textwrap.dedent("""
     import subprocess, sys, time
     from pathlib import Path
@@ -32,53 +32,73 @@ INSIDE = textwrap.dedent("""
     output = Path(output)
     output.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(output)], check=True)
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while run.poll() is None and not list(output.glob("jobs/train-*/iter_*.pth")):
-        time.sleep(0.01)
-    time.sleep(float(delay))
-    with open(output / "filler", "wb", buffering=0) as filler:
-        for block in (2**16, 2**10, 1):  # to the last byte
-            try:
-                while True:
-                    filler.write(b"0" * block)
-            except OSError:
-                continue
-    errors = run.communicate()[1]
-    print("first", run.returncode, len(list(output.glob("ledger/*.json"))), flush=True)
-    print(errors, flush=True)
+
+    def run(pause):
+        # A real run, but for the length of its pauses.
+        code = f"from runners import executors, run; import sys; executors.PAUSE = {pause}; sys.exit(run.main())"
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-c", code, *command[2:]], **pipes)
+
+    def fill(process):
+        before = {path.name for path in output.glob("jobs/train-*/iter_*.pth")}
+        while process.poll() is None and {path.name for path in output.glob("jobs/train-*/iter_*.pth")} <= before:
+            time.sleep(0.01)
+        time.sleep(float(delay))
+        with open(output / "filler", "wb", buffering=0) as filler:
+            for block in (2**16, 2**10, 1):  # to the last byte
+                try:
+                    while True:
+                        filler.write(b"0" * block)
+                except OSError:
+                    continue
+
+    first = run(0.05)
+    fill(first)
+    printed, errors = first.communicate()
+    print("first", first.returncode, len(list(output.glob("ledger/*.json"))), flush=True)
+    print(printed, errors, flush=True)
     (output / "filler").unlink()
-    again = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print("again", again.returncode, flush=True)
-    print(again.stdout)
+    again = run(0.5)
+    fill(again)
+    told = ""
+    while "trying again" not in told and (line := again.stdout.readline()):
+        told += line
+    (output / "filler").unlink()
+    rest, errors = again.communicate()
+    print("second", again.returncode, flush=True)
+    print(told + rest, errors)
     subprocess.run(["cp", "-r", str(output / "ledger"), str(output.with_name("kept"))], check=True)
 """)
 
 
-@pytest.mark.skipif(
-    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
-    reason="this machine lets no user mount a file system of their own",
-)
-def test_a_full_disk_stops_a_run_and_loses_nothing(tmp_path):
-    """Full at a random moment of a training: exit status 1 and one line; with space again it goes on."""
+@pytest.mark.skipif(not may_mount(), reason="this machine lets no user mount a file system of their own")
+def test_a_full_disk_loses_nothing(tmp_path):
+    """Full at a random moment of a training, for good: exit status 1, one line. Full for a while: the run goes on."""
     seed = int(os.environ.get("SEED", random.randrange(10**6)))
     print(f"SEED={seed}")  # shown by pytest when the test fails
     delay = random.Random(seed).uniform(0, 0.5)
     line = CommandLine(tmp_path)
-    one = ["suite.benchmarks.classification.recipe.iterations=300", "suite.benchmarks.segmentation.stages=[cost]"]
+    one = [f"suite.benchmarks.classification.recipe.{each}" for each in ("iterations=600", "checkpoint_every=10")]
+    one.append("suite.benchmarks.segmentation.stages=[cost]")
     command = line.command("executor=inline", "models=[test_mit]", "stages=[train]", *one)
     done = subprocess.run(
         ["unshare", "-rm", sys.executable, "-c", INSIDE, str(line.output), "30m", str(delay), *command],
         capture_output=True,
         text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    first, again = done.stdout.split("again ")
-    assert first.startswith("first 1 0\n")  # no record
+    first, again = done.stdout.split("\nsecond ")
+    assert first.startswith("first 1 0\n"), first  # no record
     assert "Traceback" not in first
-    (error,) = (text for text in first.splitlines() if text.startswith("error: "))
+    told = [text for text in first.splitlines() if "trying again" in text]
+    assert len(told) == 3  # each a longer pause
+    assert all(f"the disk of {line.output} is full (No space left on device); trying again in" in each for each in told)
+    (error,) = (text for text in first.splitlines() if text.startswith(" error: ") or text.startswith("error: "))
     assert str(line.output) in error
     assert "No space left on device; free some space" in error
-    assert again.startswith("0")
+    assert again.startswith("0"), again
+    assert "trying again in 0.5 s" in again
     ledger = Ledger(tmp_path / "kept")
     (record,) = ledger.records()
     assert not ledger.reports
@@ -90,6 +110,61 @@ def test_a_full_disk_stops_a_run_and_loses_nothing(tmp_path):
 def job(tmp_path) -> tuple[Job, Workplace]:
     job = Job(stage="cost", task="classification", label="light", model="test_mit", input_size=(32, 32), num_classes=10)
     return job, Workplace(tmp_path, tmp_path, "test")
+
+
+def test_a_full_disk_is_tried_again_after_longer_and_longer_pauses(job, monkeypatch):
+    """As often as the death of a worker, and apart from it; other errors of the folder are not."""
+    errors, pauses, told = [], [], []
+
+    def meet(job, workplace):
+        if errors:
+            raise errors.pop(0)
+        return execute.make_record(job, "done", None), []
+
+    def full() -> OSError:
+        return OSError(errno.ENOSPC, "No space left on device", str(job[1].output))
+
+    monkeypatch.setattr(executors, "run_job", meet)
+    monkeypatch.setattr(executors.time, "sleep", pauses.append)
+    done = []
+
+    def run() -> None:
+        executors.Inline(job[1], {}).run([job[0]], lambda record, messages: done.append(record.status), told.append)
+
+    errors += [full(), WorkerLost("killed"), full(), full()]
+    run()
+    assert done == ["done"]
+    assert pauses == [2.0, 4.0, 8.0]
+    where = f"the disk of {job[1].output} is full (No space left on device)"
+    assert told == [f"{where}; trying again in {pause} s" for pause in (2, 4, 8)]
+    errors += [full() for _ in range(4)]
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    assert len(pauses) == 6
+    assert not errors
+    errors.append(PermissionError(errno.EACCES, "Permission denied", "record.json"))
+    with pytest.raises(PermissionError):
+        run()
+    assert len(pauses) == 6
+    assert done == ["done"]
+
+
+def test_counting_in_processes_goes_on_after_a_full_disk(job, monkeypatch):
+    """In this process, where each job gets its tries."""
+    monkeypatch.setattr(executors, "PAUSE", 0.0)
+    jobs = [dataclasses.replace(job[0], input_size=(32, 32 + 8 * n)) for n in range(6)]
+    (job[1].output / "ledger").touch()  # in the place of the folder: the processes cannot write
+    monkeypatch.setattr(executors, "FULL", (errno.ENOTDIR, errno.EEXIST))
+    done, told = [], []
+
+    def tell(message: str) -> None:
+        told.append(message)
+        (job[1].output / "ledger").unlink()
+
+    executors.Processes(job[1], 2).run(jobs, lambda record, messages: done.append(record), tell)
+    assert len(told) == 1
+    assert {record.key for record in done} == {each.key for each in jobs}
+    assert all(record.done for record in done)
 
 
 @pytest.mark.parametrize("said", ["", "Error while serializing: I/O error: No space left on device (os error 28)"])
