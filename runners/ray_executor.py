@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from rich.console import Console
 
 from benchmarks.errors import InputError, WorkerLost
 from benchmarks.job import Job
@@ -19,6 +24,9 @@ from runners.executors import Done, Queue, Tell, Tries, outline, tell_nobody
 from runners.placement import Node, Placement, Schedule
 
 SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they are blocked
+
+
+SECONDS_FOR_HEAD = 40.0  # that a cluster's head may be out of reach; after 60 Ray ends the process, in its own words
 
 
 class NeverBegan(WorkerLost):
@@ -223,7 +231,34 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
             ) from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Ray cannot start on this machine: {reason}; executor=inline does without") from error
+    ended = threading.Event()
+    if cluster is Cluster.auto:
+        head = ray.get_runtime_context().gcs_address
+        threading.Thread(target=_watch_head, args=(head, ended), daemon=True).start()
     try:
         yield
     finally:
+        ended.set()
         ray.shutdown()
+
+
+def _watch_head(address: str, ended: threading.Event) -> None:
+    """Ends this process with one line once the head is gone: no call to Ray would come back before Ray does so."""
+    host, _, port = address.rpartition(":")
+    answered = time.monotonic()
+    while not ended.wait(1.0):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+            answered = time.monotonic()
+        except OSError:
+            if time.monotonic() - answered > SECONDS_FOR_HEAD:
+                break
+    if not ended.is_set():
+        Console().show_cursor()  # the live view hides it
+        print(
+            f"\nerror: the head of the Ray cluster ({address}) has been out of reach for {SECONDS_FOR_HEAD:.0f} s; "
+            "finished jobs are kept, and the same command continues on a cluster that runs",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)

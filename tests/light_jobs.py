@@ -1,4 +1,7 @@
-"""A run of jobs that only count, without torch: what the tests of faults kill. `light_jobs.py OUTPUT JOBS STEPS`."""
+"""A run of jobs that only count, without torch: what the tests of faults kill.
+
+`light_jobs.py OUTPUT JOBS STEPS [SECONDS]`: the last is how long the head of its cluster may be out of reach.
+"""
 
 from __future__ import annotations
 
@@ -78,4 +81,5 @@ def main(output: Path, number: int, steps: int) -> int:
 
 
 if __name__ == "__main__":
+    ray_executor.SECONDS_FOR_HEAD = float(sys.argv[4]) if sys.argv[4:] else ray_executor.SECONDS_FOR_HEAD
     sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

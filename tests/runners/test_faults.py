@@ -354,3 +354,21 @@ def test_twenty_kills(tmp_path, request, what):
     counts = f"{kills.total() - kills['disk']} kills {dict(kills)} in {rounds} runs, {time.monotonic() - began:.0f} s"
     print(f"{counts}; jobs that went on from a checkpoint: {resumed}")
     assert resumed
+
+
+def test_a_killed_head_ends_the_run_with_one_line(nodes, tmp_path):
+    """The last test here, since it is the head of all. What was done is kept, as after the death of the run."""
+    command = [sys.executable, light_jobs.__file__, str(tmp_path), "2", "0", "2"]
+    run = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: list(tmp_path.glob("steps/*.log")))
+    address = nodes.cluster.address
+    nodes.cluster.remove_node(nodes.cluster.head_node, allow_graceful=False)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 1
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert said == [
+        f"error: the head of the Ray cluster ({address}) has been out of reach for 2 s; finished jobs are kept, "
+        "and the same command continues on a cluster that runs"
+    ]
