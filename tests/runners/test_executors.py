@@ -153,6 +153,24 @@ def test_counting_in_processes_gives_the_same_and_survives_the_death_of_one(tmp_
     assert {r.key for r in Ledger(places["several"].ledger).records()} == several.keys()
 
 
+def test_counting_in_processes_goes_on_after_a_full_disk(workplace, monkeypatch):
+    """In this process, where each job gets its tries."""
+    monkeypatch.setattr(executors, "FULL", (errno.ENOTDIR, errno.EEXIST))  # what a file in a folder's place gives
+    monkeypatch.setattr(executors, "PAUSE", 0.0)
+    workplace.output.mkdir()
+    workplace.ledger.touch()
+    jobs, done, told = counts(range(32, 80, 8)), [], []
+
+    def tell(message: str) -> None:
+        told.append(message)
+        workplace.ledger.unlink()
+
+    executors.Processes(workplace, 2).run(jobs, lambda record, messages: done.append(record), tell)
+    assert len(told) == 1
+    assert {record.key for record in done} == {each.key for each in jobs}
+    assert all(record.done for record in done)
+
+
 def test_no_worker_outlives_a_killed_run(command_line):
     """A pool's workers would wait for their next job for ever."""
     run = command_line.start("suite=resolution_scaling", "stages=[cost]", miniature=False)

@@ -149,24 +149,6 @@ def test_a_full_disk_is_tried_again_after_longer_and_longer_pauses(job, monkeypa
     assert done == ["done"]
 
 
-def test_counting_in_processes_goes_on_after_a_full_disk(job, monkeypatch):
-    """In this process, where each job gets its tries."""
-    monkeypatch.setattr(executors, "PAUSE", 0.0)
-    jobs = [dataclasses.replace(job[0], input_size=(32, 32 + 8 * n)) for n in range(6)]
-    (job[1].output / "ledger").touch()  # in the place of the folder: the processes cannot write
-    monkeypatch.setattr(executors, "FULL", (errno.ENOTDIR, errno.EEXIST))
-    done, told = [], []
-
-    def tell(message: str) -> None:
-        told.append(message)
-        (job[1].output / "ledger").unlink()
-
-    executors.Processes(job[1], 2).run(jobs, lambda record, messages: done.append(record), tell)
-    assert len(told) == 1
-    assert {record.key for record in done} == {each.key for each in jobs}
-    assert all(record.done for record in done)
-
-
 @pytest.mark.parametrize("said", ["", "Error while serializing: I/O error: No space left on device (os error 28)"])
 def test_a_full_disk_is_no_error_of_the_job(job, monkeypatch, said):
     """Also where a library has kept only the text."""
