@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from benchmarks.errors import WorkerLost
 from benchmarks.job import Job
@@ -28,6 +28,7 @@ GIB_PER_WORKER = 1.5  # what a training of the demo's size takes, libraries incl
 
 Done = Callable[[Record, Sequence[str]], None]
 Tell = Callable[[str], None]
+Result = TypeVar("Result")
 
 
 def workers(free_gib: float) -> int:
@@ -77,6 +78,14 @@ class Tries:
         pause = PAUSE * 2 ** (self.full[job.key] - 1)
         self.tell(f"the disk of {self.workplace.output} is full ({error.strerror}); trying again in {pause:g} s")
         return pause
+
+    def run(self, job: Job, begin: Callable[[], Result]) -> Result:
+        """What `begin` returns, which is called again after each pause that a full disk makes."""
+        while True:
+            try:
+                return begin()
+            except OSError as error:
+                time.sleep(self.after_error(job, error))
 
 
 def outline(record: Record) -> Record:
@@ -144,12 +153,10 @@ class Inline:
     def _run(self, job: Job, tries: Tries) -> tuple[Record, list[str]]:
         while True:
             try:
-                return run_job(job, self.workplace)
+                return tries.run(job, lambda: run_job(job, self.workplace))
             except WorkerLost as error:
                 if (given_up := tries.after_death(job, error)) is not None:
                     return given_up, []
-            except OSError as error:
-                time.sleep(tries.after_error(job, error))
 
 
 def worker_died(job: Job, workplace: Workplace, times: int, error: WorkerLost) -> Record:

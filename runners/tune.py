@@ -27,7 +27,7 @@ from results.record import Record
 from results.rows import METRIC
 from runners.config import Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
-from runners.executors import RETRIES
+from runners.executors import RETRIES, Tries, tell_nobody
 from runners.placement import Needs, problem
 from runners.provenance import provenance
 from runners.ray_executor import alive_nodes
@@ -195,7 +195,8 @@ def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workpl
         report([score for score in state.get("scores", ()) if score[0] < trial.job.recipe.iterations])
 
     try:
-        record, messages = run_job(trial.job, workplace, watch)
+        tries = Tries(workplace, tell_nobody)
+        record, messages = tries.run(trial.job, lambda: run_job(trial.job, workplace, watch))
     except OSError as error:  # of the output folder; Tune would try again
         tune.report({"number": trial.number, "error": error})
         return

@@ -264,17 +264,23 @@ def test_tune_is_asked_for_the_type_of_gpu_of_a_node_that_has_all(base, monkeypa
 
 
 def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, monkeypatch, tmp_path):
-    from runners import tune
+    """One whose disk is full for a moment does not."""
+    from runners import executors, tune
+
+    errors = [OSError(28, "No space left on device", "jobs"), NotADirectoryError(20, "Not a directory", "jobs")]
 
     def run_job(*_):
-        raise NotADirectoryError(20, "Not a directory", "jobs")
+        raise errors.pop(0)
 
     reported = []
+    monkeypatch.setattr(executors, "PAUSE", 0.0)
     monkeypatch.setattr(tune, "run_job", run_job)
     monkeypatch.setattr(tune.tune, "report", reported.append)
     trials = {trial.number: trial for trial in draw_trials(search(), base)}
     place = Workplace(tmp_path, tmp_path, "test")
     tune._work({"number": 1}, trials, place)
+    assert not errors
+    assert isinstance(reported[0]["error"], NotADirectoryError)
     keeper = tune._Keeper(trials, search(), place, lambda *_: pytest.fail("a record"))
     stop = tune._AtAnError(keeper.errors)
     assert not stop.stop_all()
