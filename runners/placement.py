@@ -118,8 +118,12 @@ class Schedule:
         order = sorted(needs, key=lambda key: (not needs[key].first, -chains[key]))
         self._rank = {key: place for place, key in enumerate(order)}
 
-    def start(self, ready: Iterable[str]) -> list[tuple[str, Placement]]:
-        """The jobs among `ready` that begin now, and where; they hold their places until `end`."""
+    def start(self, ready: Iterable[str], closed: Iterable[str] = ()) -> list[tuple[str, Placement]]:
+        """The jobs among `ready` that begin now, and where; they hold their places until `end`.
+
+        On the nodes in `closed` none does.
+        """
+        closed = set(closed)
         started = []
         kept: set[str] = set()
         refused: set[tuple] = set()
@@ -128,7 +132,7 @@ class Schedule:
             kind = (needs.cpus, needs.gpus, needs.processes, needs.gpu_type, needs.alone)
             if kind in refused:
                 continue
-            rooms = [room for name, room in self.rooms.items() if name not in kept]
+            rooms = [room for name, room in self.rooms.items() if name not in kept and name not in closed]
             placement, avoided = None, self.avoided.get(key)
             if avoided:
                 placement = _place(needs, [r for r in rooms if r.node.name not in avoided], self.rooms.values())

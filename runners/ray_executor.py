@@ -74,14 +74,14 @@ class Ray:
             schedule = Schedule(asked, {job.key: job.depends_on for job in jobs}, nodes)
             queue, tries = Queue(jobs, self.finished), Tries(self.workplace, tell)
             running: dict[Any, _Running] = {}
-            pauses: dict[str, float] = {}  # until when a job that met a full disk waits
+            pauses: dict[str, float] = {}  # until when a job that met a full disk waits, and the nodes where it did
             looked = waited = time.monotonic()
             while queue.waiting or running:
                 for record in queue.hopeless():
                     done(record, [])
                 ready = queue.ready()
-                now = time.monotonic()
-                for key, placement in schedule.start(job.key for job in ready if pauses.get(job.key, 0.0) <= now):
+                pauses = {name: until for name, until in pauses.items() if until > time.monotonic()}
+                for key, placement in schedule.start((job.key for job in ready if job.key not in pauses), pauses):
                     reference, started = self._start(queue.waiting.pop(key), placement)
                     running[reference] = started
                 if running:
@@ -113,7 +113,8 @@ class Ray:
                             queue.waiting[job.key] = job
                             continue
                     except OSError as error:
-                        pauses[job.key] = time.monotonic() + tries.after_error(job, error)
+                        pause = time.monotonic() + tries.after_error(job, error)
+                        pauses |= dict.fromkeys((job.key, *started.nodes), pause)
                         schedule.avoid(job.key, started.nodes)
                         queue.waiting[job.key] = job
                         continue

@@ -278,6 +278,7 @@ def disturb(
     ends: Counter[int] = Counter()
     suffered = filled = 0  # deaths among this driver's workers, and full disks
     while ends.total() < 20:
+        what = None
         try:
             driver.wait(timeout=None if enough(kills, kinds) else dice.uniform(0.1, 1.5) * pace)
         except subprocess.TimeoutExpired:
@@ -295,15 +296,16 @@ def disturb(
             kills[what] += 1
             suffered += what in ("worker", "node")
             filled += what == "disk"
-        else:
+        if driver.poll() is None:
+            continue
+        if what != "driver":
             ends[driver.returncode] += 1
             assert driver.returncode != INCOMPLETE or suffered > RETRIES  # no single loss uses up several tries
             assert driver.returncode != WRONG_INPUT or filled > 1  # nor does a disk that is full once
             if driver.returncode == 0:
                 break
-        if driver.poll() is not None:
-            driver = start(output)
-            suffered = filled = 0
+        driver = start(output)
+        suffered = filled = 0
     assert driver.returncode == 0
     assert not list(output.glob("ledger/damaged/*"))
     for path, content in kept.items():
