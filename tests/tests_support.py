@@ -68,10 +68,10 @@ class CommandLine:
             text=True,
         )
 
-    def run(self, *overrides: str, miniature: bool = True, status: int | None = 0) -> str:
-        """Everything printed; fails unless the exit status is `status`."""
+    def run(self, *overrides: str, miniature: bool = True, status: int | None = 0, timeout: float = 600) -> str:
+        """Everything printed; fails unless the exit status is `status`. It may take `timeout` seconds."""
         process = self.start(*overrides, miniature=miniature)
-        printed, _ = process.communicate(timeout=600)
+        printed, _ = process.communicate(timeout=timeout)
         if status is not None:
             assert process.returncode == status, f"exit status {process.returncode}\n{printed}"
         return printed

@@ -4,6 +4,7 @@ Each stem takes (channels of the images, width inside, channels out, norm), each
 out, hidden ratio, stride, kernel of the shortcut, norm); what one has no use for it leaves alone.
 """
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -112,6 +113,22 @@ def conv_stem(in_chans: int, width: int, out: int, norm: str) -> nn.Sequential:
 def vit_stem(in_chans: int, width: int, out: int, norm: str) -> nn.Sequential:
     """ViT-stem (Figure 3a; kernel fitted): images (B, 3, H, W) -> (B, C_1, ceil(H / 4), ceil(W / 4))."""
     return nn.Sequential(conv(in_chans, out, 7, stride=4), channel_norm(norm, out))
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position of a map (B, C, h, w), added to it; for other sizes resized as in PVT."""
+
+    def __init__(self, dim: int, grid: tuple[int, int]):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(1, dim, *grid))
+        nn.init.normal_(self.table, std=0.02)
+
+    @staticmethod
+    def resized(table: Tensor, size: tuple[int, int]) -> Tensor:
+        return table if table.shape[-2:] == size else F.interpolate(table, size, mode="bilinear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.resized(self.table, x.shape[-2:])
 
 
 def conv_down(dim: int, out: int, ratio: int, stride: int, shortcut_kernel: int, norm: str) -> nn.Sequential:

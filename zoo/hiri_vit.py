@@ -15,7 +15,7 @@ the same at 448 pixels. What rows 5 to 1 lack, each beside what the row above it
 - (4) ``stem="vit"``
 - (3) ``norms=("layer", "layer", "layer", "layer"), ffn_norm="layer"``
 - (2) ``blocks=("transformer",) * 4, num_heads=(1, 2, 5, 8), reductions=(8, 4, 1, 1)``
-- (1) ``ffn_convolution=False``
+- (1) ``ffn_convolution=False``; its printed parameters need ``position_embedding=True``, too, which the text has not
 
 Rows 8 to 11 are fields of `hiri_vit_small`, which is row 10 (and 11, with the recipe's distillation):
 
@@ -40,11 +40,12 @@ from torch import Tensor, nn
 from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.hiri_downsampling import DOWNSAMPLING, NORMS, STEMS, channel_norm, conv
+from zoo.hiri_downsampling import DOWNSAMPLING, NORMS, STEMS, PositionEmbedding, channel_norm, conv
 from zoo.lean import activated_linear
 from zoo.norm import BatchNorm2d
 from zoo.recompute import checkpoint_block, recompute
 
+POSITIONS = "stem.2.table"  # where the position embedding is
 KINDS = {  # of the fields that name a part
     "blocks": ("hr", "cffn", "transformer"),
     "norms": tuple(NORMS),
@@ -68,6 +69,7 @@ class HiriViTConfig:
     ffn_norm: str = "batch"  # before the feed-forward network of a block, or "layer" (Table 7, row 4)
     ffn_convolution: bool = True  # CFFN, else FFN (Table 7, row 2)
     stem: str = "hr"  # "hr", "conv" or "vit" (Table 7, rows 5 and 9)
+    position_embedding: bool = False  # learned, added after the ViT-stem (Table 7, row 1: its parameters need one)
     stem_width: int = 32  # channels inside the HR-stem and the Conv-stem (fitted)
     downsampling: tuple[str, ...] = ("irds_a", "irds_a", "irds_b", "irds_b")  # or "conv" (Table 7, row 6)
     down_strides: tuple[int, ...] = (2, 2, 2, 2)  # before stages 2 to 5; the 224 form: 2, 1, 2, 2
@@ -75,12 +77,14 @@ class HiriViTConfig:
     shortcut_kernels: tuple[int, ...] = (2, 2, 1, 1)  # of each IRDS: 1 (after pooling), 2 or 3 (fitted)
     head_ratio: int = 5  # hidden width of the classifier over C_5 (fitted)
     drop_path_rate: float = 0.15  # stochastic depth of the last block; grows linearly from 0 (habit)
-    img_size: int | tuple[int, int] = 448  # pixels: for the record only, no parameter depends on it
+    img_size: int | tuple[int, int] = 448  # pixels: for the record only, unless there is a position embedding
 
     def __post_init__(self):
         check_fields(self)
         check_size(self.img_size)
         self._check_stages()
+        if self.position_embedding and self.stem != "vit":
+            raise ZooError(f"position_embedding=True needs stem='vit', whose patches it is for, not stem={self.stem!r}")
         for name in ("channels", "depths", "mlp_ratios", "num_heads", "reductions", "down_ratios"):
             if min(getattr(self, name), default=1) < 1:
                 raise ZooError(f"{name}={getattr(self, name)} must be positive numbers")
@@ -283,6 +287,10 @@ class HiriViT(Backbone):
         self.num_features = self.head_hidden_size = cfg.channels[-1]
         rates = drop_path_rates(cfg)
         self.stem = STEMS[cfg.stem](in_chans, cfg.stem_width, cfg.channels[0], cfg.norms[0])
+        if cfg.position_embedding:
+            self.stem.append(
+                PositionEmbedding(cfg.channels[0], tuple(-(-side // 4) for side in check_size(cfg.img_size)))
+            )
         self.stages = nn.ModuleList([Stage(cfg, index, rates[index]) for index in range(len(rates))])
         self.feature_info, stride = [], 4
         for index, channels in enumerate(cfg.channels):
@@ -318,6 +326,15 @@ class HiriViT(Backbone):
         shortened = max(take) < len(self.stages) - 1
         self.stages = self.stages[: max(take) + 1]
         return shortened
+
+    def no_weight_decay(self) -> set[str]:
+        return {POSITIONS} if self.config.position_embedding else set()
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Our own state dict, with the position embedding of another image size resized."""
+        if self.config.position_embedding and POSITIONS in state and state[POSITIONS].ndim == 4:
+            return state | {POSITIONS: self.stem[-1].resized(state[POSITIONS], self.stem[-1].table.shape[-2:])}
+        return state
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc2 if isinstance(self.head, Head) else self.head

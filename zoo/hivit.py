@@ -90,6 +90,10 @@ class HiViTConfig:
                 f"hierarchical=False has no first two stages: depths={self.depths} must be (0, 0, n), and "
                 f"low_attention={self.low_attention} must be False"
             )
+        if self.shallow_mlp_ratio != HiViTConfig.shallow_mlp_ratio and (self.low_attention or not sum(self.depths[:2])):
+            raise ZooError(
+                f"shallow_mlp_ratio={self.shallow_mlp_ratio}: there are no MLP units in the first two stages"
+            )
         if self.last_depth < 0:
             raise ZooError(f"last_depth={self.last_depth} must be 0 (no fourth stage) or more")
         if not self.low_attention:

@@ -70,6 +70,11 @@ class HRFormerConfig:
             raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
         if self.head_features < 1:
             raise ZooError(f"head_features={self.head_features} must be positive")
+        if self.shifted_windows and (max(self.num_blocks[1:]) < 2 or max(self.window_size) < 2):
+            raise ZooError(
+                f"shifted_windows=True moves nothing with num_blocks={self.num_blocks} after the first stage and "
+                f"window_size={self.window_size}: it needs 2 blocks, and windows of 2"
+            )
 
 
 class ConvFeedForward(nn.Module):

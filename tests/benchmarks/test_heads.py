@@ -132,11 +132,20 @@ def test_swin_with_upernet():
     assert wide.macs / 1e9 == pytest.approx(944.39, abs=1e-2)
 
 
-def test_segformer_b0_and_the_wide_head_of_b2():
-    cost = count(build(job("mit_b0", "segformer")), (3, 512, 512))
-    assert (round(cost.params / 1e6, 3), round(cost.macs / 1e9, 3)) == (3.754, 8.388)
-    wide = build(job("mit_b2", "segformer", head_config={"channels": 768}))
-    assert round(sum(p.numel() for p in wide.parameters()) / 1e6, 1) == 27.5  # HRViT, Table 9
+@pytest.mark.parametrize(
+    ("model", "channels", "params", "giga_macs"),
+    [
+        # HRViT, Tables 4 and 9: 3.8, 13.7, 27.5, 47.3 and 64.1 M, for which B2 and later need wider heads.
+        ("mit_b0", 256, 3_753_718, 8.3878),
+        ("mit_b1", 256, 13_716_822, 15.8781),
+        ("mit_b2", 768, 27_465_046, 62.3378),
+        ("mit_b3", 768, 47_340_886, 78.9630),
+        ("mit_b4", 768, 64_111_446, 95.5675),
+    ],
+)
+def test_mit_with_the_segformer_head(model, channels, params, giga_macs):
+    cost = count(build(job(model, "segformer", head_config={"channels": channels})), (3, 512, 512))
+    assert (cost.params, round(cost.macs / 1e9, 4)) == (params, giga_macs)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every row of HiViT's and HIRI-ViT's ablations that can be trained, trained: narrow networks on the demo's data."""
+"""Every row of the four families' ablations that can be trained, trained: narrow networks on the demo's data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ from tests_support import configuration
 
 from results.ledger import Ledger
 
-# The same kinds of stages, blocks and stems as in the suite: only widths and depths are others.
+HEAD = {"head_widths": [4, 4, 8, 8], "head_features": 64}
+HRVIT = {"channels": [16, 16, 32, 32], "head_dim": 8, **HEAD}
+HRFORMER = {"channels": [8, 16, 16, 32], "num_modules": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], **HEAD}
+HRNET = {"channels": [8, 16, 16, 32], "num_modules": [1, 1, 1, 1], "num_blocks": [1, 1, 1, 1], **HEAD}
+SWIN = {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]}
+# The same kinds of stages, blocks, windows and stems as in the suite: only widths and depths are others.
 NARROW = {
     "hivit_base": {"embed_dim": 64},
     "m_vit": {"channels": [16, 32, 64, 64], "depths": [1, 1, 2, 1]},
     "hiri_vit_small": {"channels": [8, 16, 32, 64, 64], "depths": [1, 1, 1, 2, 1]},
+    "hrvit_b1": {**HRVIT, "num_blocks": [1, 1, 2, 2], "last_blocks": [1, 1, 2, 2]},
+    "hrvit_b2": {**HRVIT, "num_blocks": [1, 1, 2, 2], "last_blocks": [1, 1, 2, 2]},
+    "hrvit_b3": {**HRVIT, "num_blocks": [1, 1, 2, 3], "last_blocks": [1, 1, 2, 3]},
+    "hrformer_tiny": HRFORMER,
+    "hrformer_small": HRFORMER | {"channels": [8, 16, 32, 32]},
+    "hrformer_base": HRFORMER | {"channels": [16, 16, 32, 32]},
+    "hrnet_tiny": HRNET,
+    "hrnet_small": HRNET | {"channels": [16, 16, 32, 32]},
+    "hrnet_base": HRNET | {"channels": [16, 32, 32, 64]},
+    **{
+        f"hrnet_{kind}_w{width}": HRNET | {"channels": [width // 4 * 2, 16, 32, width // 8 * 16]}
+        for kind in ("mit", "cswin")
+        for width in (18, 32, 40)
+    },
+    **dict.fromkeys(("swin_tiny_patch4_window7_224", "swin_tiny_dw", "intrawin_tiny", "intrawin_tiny_dw"), SWIN),
 }
 
 
@@ -20,8 +40,10 @@ def narrowed(model: str, config: dict) -> dict:
     if model == "hivit_base":
         fields["num_heads"] = 8 if config.get("mid_attention") else 4
         fields["depths"] = [min(depth, 3) for depth in config.get("depths", [1, 1, 3])]
-    elif fields:
+    elif model in ("m_vit", "hiri_vit_small"):
         fields["num_heads"] = [1, 2, 4, 4] if "reductions" in config else [4] * len(config.get("num_heads", [4, 4]))
+    if "third_branch_blocks" in config:
+        fields["third_branch_blocks"] = [min(blocks, 3) for blocks in config["third_branch_blocks"]]
     return fields
 
 
@@ -45,9 +67,13 @@ def overrides(suite: str) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("suite", "trainings"), [("ablation_hivit", 13), ("ablation_hiri_vit", 20)])
+@pytest.mark.parametrize(
+    ("suite", "trainings"),
+    [("ablation_hrvit", 44), ("ablation_hrformer", 27), ("ablation_hivit", 13), ("ablation_hiri_vit", 20)],
+)
 def test_every_row_trains(suite, trainings, command_line):
-    command_line.run(*overrides(suite), "executor=inline", miniature=False)
+    command_line.run(*overrides(suite), "executor=inline", miniature=False, timeout=3600)
     records = list(Ledger(command_line.output / "ledger").records())
     assert {record.status for record in records} == {"done"}
-    assert sum(record.stage == "evaluate" for record in records) == trainings
+    for stage in ("train", "evaluate"):
+        assert sum(record.stage == stage for record in records) == trainings

@@ -19,12 +19,14 @@ STEPS = {
     1: {"ffn_convolution": False},
 }
 FOUR = {row: {k: v for step in range(5, row - 1, -1) for k, v in STEPS[step].items()} for row in (6, *STEPS)}
+POSITIONS = {"position_embedding": True}
 CFFN = {"blocks": ("cffn", "cffn", "cffn", *TRANSFORMERS), "depths": (1, 1, 2, 9, 4)}
 HR4 = {"blocks": ("hr",) * 4 + ("transformer",), "num_heads": (8,)}
 # Model, fields, side of the image; parameters and MACs counted, and both as printed (M, G), None where another number
 # comes out: results/papers/verdicts.csv says why.
 ROWS = {
     "7.1": ("m_vit", FOUR[1], 224, 34_827_816, 4_284_585_984, None, None),
+    "7.1, positions": ("m_vit", FOUR[1] | POSITIONS, 224, 35_028_520, 4_284_585_984, "35.0", None),
     "7.2": ("m_vit", FOUR[2], 224, 35_092_136, 4_332_566_784, "35.1", None),
     "7.3": ("m_vit", FOUR[3], 224, 34_155_368, 4_174_010_624, "34.2", None),
     "7.4": ("m_vit", FOUR[4], 224, 34_155_368, 4_174_010_624, "34.2", "4.2"),
@@ -45,8 +47,11 @@ ROWS = {
         "34.8",
         "5.3",
     ),
+    "9.1": ("hrnet_w18", {}, 224, 21_299_004, 4_283_537_072, "21.3", "4.3"),
     "9.2": ("hrnet_w18_hiri", {}, 448, 21_365_436, 4_595_230_384, "21.4", "4.6"),
+    "9.3": ("pvt_v2_b2", {}, 224, 25_362_856, 4_026_734_592, "25.4", "4.0"),
     "9.4": ("pvt_v2_b2_hiri", {}, 448, 25_458_536, 4_446_205_952, "25.5", "4.4"),
+    "9.5": ("davit_tiny", {}, 224, 28_360_168, 4_521_801_216, "28.4", "4.5"),
     "9.6": ("davit_tiny_hiri", {}, 448, 28_461_416, 4_958_633_472, "28.5", "5.0"),
 }
 FOUR_STAGES = {  # M-ViT in small
@@ -65,6 +70,7 @@ FOUR_STAGES = {  # M-ViT in small
 }
 TINY = {
     "7.1": FOUR_STAGES | FOUR[1] | {"num_heads": (1, 2, 2, 2)},
+    "7.1, positions": FOUR_STAGES | FOUR[1] | {"num_heads": (1, 2, 2, 2)} | POSITIONS,
     "7.3": FOUR_STAGES | FOUR[3],
     "7.6": FOUR_STAGES,
     "7.8": {"blocks": CFFN["blocks"], "stem": "conv"},
@@ -165,6 +171,27 @@ def test_the_base_model_equals_plain_operations():
         x = norm(w, f"{name}.norm", x + linear(w, f"{block}.cffn.fc2", hidden))
         expected.append(x)
     torch.testing.assert_close(model.forward_intermediates(images)[1], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_positions_are_added_after_the_stem_and_go_to_other_sizes():
+    """Table 7, row 1 may have had a position embedding: the printed parameters are those with one."""
+    model, images = tiny("7.1, positions", img_size=64).eval(), torch.rand(1, 3, 64, 64)
+    table = model.stem[2].table
+    assert table.shape == (1, 8, 16, 16)
+    torch.testing.assert_close(model.stem(images), model.stem[:2](images) + table)
+    assert model.no_weight_decay() == {"stem.2.table"} <= model.state_dict().keys()
+    other = tiny("7.1, positions", img_size=(96, 32))
+    report = zoo.load_published(other, model.state_dict())
+    assert report.complete
+    assert report.resized == ("stem.2.table",)
+    expected = F.interpolate(table, (24, 8), mode="bilinear")
+    torch.testing.assert_close(other.stem[2].table, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.stem[2](torch.zeros(1, 8, 24, 8)), expected)
+    assert zoo.load_published(tiny("7.1"), model.state_dict()).unexpected == ("stem.2.table",)
+    with pytest.raises(zoo.ZooError, match="m_vit: position_embedding=True needs stem='vit'") as error:
+        zoo.create_model("m_vit", position_embedding=True)
+    assert "\n" not in str(error.value)
 
 
 def test_the_final_four_stages_have_their_parts_where_the_table_says():

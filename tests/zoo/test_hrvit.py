@@ -148,11 +148,20 @@ def test_rows_of_table_5(left_out):
     assert added == TABLE_5[left_out]
 
 
-@pytest.mark.parametrize(("third", "depth"), [((6, 6, 6, 2), 22), ((8, 8, 2, 2), 22), ((9, 9, 1, 1), 24)])
+def test_the_last_row_of_table_5_with_the_convolution_of_cswin():
+    """The other network that its printed 10.1 M fit: the paper does not say whether that convolution stays."""
+    model = build_empty("hrvit_b1", features_only=True, **dict.fromkeys(PARTS, False), linear_conv=True)
+    assert sum(p.numel() for p in model.parameters()) + HEAD_AND_PADDING[0] == 10_115_443
+
+
+@pytest.mark.parametrize(
+    ("third", "depth"), [((6, 6, 6, 2), 22), ((8, 8, 2, 2), 22), ((9, 9, 1, 1), 24), ((17, 1, 1, 1), 24)]
+)
 def test_rows_of_table_8(third, depth):
     """The paper's 20 blocks on the third branch, shared out otherwise: the same network but for the drop path."""
     model = build_empty("hrvit_b1", third_branch_blocks=third, drop_path_rate=0.3)
-    assert sum(p.numel() for p in model.parameters()) == COUNTS["hrvit_b1"][0]
+    cost = count(model, (3, 224, 224))
+    assert (cost.params, cost.macs) == (COUNTS["hrvit_b1"][0], 2_775_573_440)
     assert tuple(len(module.branches[2]) for module in model.features[5::2]) == third
     last = model.features[-1].branches  # its rates are the schedule's last; the longest branch has all of them
     rates = [block.drop_path.drop_prob for block in max(last, key=len)]
