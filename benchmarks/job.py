@@ -105,10 +105,11 @@ def is_gpu_type(asked: str, name: str) -> bool:
     """Whether the GPU called `name`, by Ray or by its driver, is of the type that a user asks for.
 
     All words of the type are in the name, in a row: `A100` is `NVIDIA A100-SXM4-80GB`, and `A10` is not. Hyphens,
-    spaces and capitals make no difference.
+    spaces and capitals make no difference. That GPU is an `A100-80G` as well, the form in which Ray's users tell sizes.
     """
-    words, in_name = (" ".join(re.findall(r"[a-z0-9]+", text.lower())) for text in (asked, name))
-    return f" {words} " in f" {in_name} "
+    short = re.sub(r"-(?:SXM\d|PCIE)-(\d+G)B\b", r"-\1", name, flags=re.IGNORECASE)
+    words, *names = (" ".join(re.findall(r"[a-z0-9]+", text.lower())) for text in (asked, name, short))
+    return any(f" {words} " in f" {each} " for each in names)
 
 
 @dataclass

@@ -32,8 +32,8 @@ PUBLISHED = Path(__file__).parent.parent / "results" / "published" / "cost" / "l
 
 
 def counted_as(job: Job) -> str:
-    """The key of the job that counts the model of `job`; of a pretraining, which no such job counts, its own."""
-    return job.key if job.stage == "pretrain" else dataclasses.replace(job, stage="cost").key
+    """The key of the job that counts the model of `job`; of a pretraining, which no such job counts, of its seed 0."""
+    return dataclasses.replace(job, **({"seed": 0} if job.stage == "pretrain" else {"stage": "cost"})).key
 
 
 def known_macs(records: Iterable[Record]) -> dict[str, float]:
@@ -54,11 +54,12 @@ def count_macs(jobs: Iterable[Job], known: Mapping[str, float]) -> dict[str, flo
         if (key := counted_as(job)) not in macs:
             with _quiet():
                 from benchmarks.measure import count_cost
+                from zoo import ZooError
 
                 try:
                     macs[key] = count_cost(job).macs
-                except (InputError, Blocked):
-                    continue  # its own row will say so
+                except (InputError, Blocked, ZooError):
+                    continue  # its own row will say so, or `runners.plan.check_models`
     return macs
 
 

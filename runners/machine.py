@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import psutil
 from runners.placement import Node
 
 CGROUP = Path("/sys/fs/cgroup")
+DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")  # in /dev, of NVIDIA's GPUs, its boards, Windows' Linux, AMD's GPUs
 
 
 def free_gib() -> float:
@@ -40,11 +42,25 @@ def usable_cpus() -> int:
 
 
 def this_machine(cpus: int, typed: bool = False) -> Node:
-    """This machine as a node of `cpus` CPUs and its GPUs; `typed`: with their name, for which CUDA must start."""
+    """This machine as a node of `cpus` CPUs and its GPUs; `typed`: with their type, for which CUDA must start."""
+    if sys.platform == "linux" and not any(Path("/dev", name).exists() for name in DRIVERS):
+        return Node("this machine", cpus)  # without PyTorch, which takes seconds to load
     import torch
 
     gpus = torch.cuda.device_count()
-    return Node("this machine", cpus, gpus, torch.cuda.get_device_name(0) if gpus and typed else None)
+    return Node("this machine", cpus, gpus, gpu_type(torch.cuda.get_device_name(0)) if gpus and typed else None)
+
+
+def gpu_type(name: str) -> str:
+    """The type of a GPU as Ray names it on its nodes, of the name that its driver has for it.
+
+    `A100` for `NVIDIA A100-SXM4-80GB`, `GeForce-RTX-4090` for `NVIDIA GeForce RTX 4090`; without Ray the name itself.
+    """
+    try:
+        from ray._private.accelerators import NvidiaGPUAcceleratorManager
+    except ImportError:  # it is not installed, or names GPUs elsewhere by now
+        return name
+    return NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(name) or name
 
 
 def _statistic(path: Path, name: str) -> int:

@@ -16,7 +16,7 @@ class Node:
     name: str
     cpus: int
     gpus: int = 0
-    gpu_type: str | None = None  # as Ray names it (H100, A100, ...), or its driver
+    gpu_type: str | None = None  # as Ray names it; where it has several names: "A100, A100-40G"
 
 
 @dataclass(frozen=True)

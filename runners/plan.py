@@ -15,6 +15,7 @@ from runners.config import Benchmark, Config, ModelEntry, Suite
 from runners.estimate import counted_as
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
+COMMON_OPTIMIZERS = {"adamw", "sgd", "lars"}  # timm has these; to look up others it has to load, which takes seconds
 
 
 def stages_of(config: Config) -> list[str]:
@@ -306,7 +307,7 @@ def check_models(jobs: Sequence[Job], counted: Container[str] = ()) -> None:
     Raises:
         InputError: names the model, the field or the optimizer, with the near matches.
     """
-    if optimizers := {job.recipe.optimizer for job in jobs if job.recipe is not None}:
+    if optimizers := {job.recipe.optimizer for job in jobs if job.recipe is not None} - COMMON_OPTIMIZERS:
         from timm.optim import list_optimizers
 
         for name in optimizers:

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,15 @@ class SearchSession(Session):
             searches.append(one)
             self._introduce(one)
         self.jobs = [trial.job for one in searches for trial in one.missing]
-        check_models(self.jobs, {})
+        macs = self._macs()
+        check_models(self.jobs, macs)
         os.environ.update(ENVIRONMENT)
         free = free_gib()
         self.nodes = self._nodes(self.jobs, free) if self.jobs else []
         if self.config.plan:
             for one in searches:
                 self._print_trials(one, one.trials)
-            self._print_plan(self.jobs)
+            self._print_plan(self.jobs, count_macs(self.jobs, macs))
         self._check_places(self.jobs)
         if self.config.plan:
             return COMPLETE
@@ -139,10 +140,10 @@ class SearchSession(Session):
         if len(one.trials) < search.trials:
             self._tell(f"the space has only {len(one.trials)} different recipes, not {search.trials}")
 
-    def _print_plan(self, missing: list[Job]) -> None:
+    def _print_plan(self, missing: list[Job], macs: Mapping[str, float]) -> None:
         """What the trials take, if none is stopped early."""
-        shown = self.jobs, {job.key for job in missing}, count_macs(self.jobs, self._macs()), self.nodes
-        asked = self._needs(missing, shown[2])
+        shown = self.jobs, {job.key for job in missing}, macs, self.nodes
+        asked = self._needs(missing, macs)
         for text in dict.fromkeys(f"{job.label}: each trial takes {takes(asked[job.key])}." for job in missing):
             self.console.print(text, soft_wrap=True, highlight=False)
         for line in plan_summary(*shown):

@@ -73,8 +73,9 @@ class Session:
         free = free_gib()
         self.nodes = self._nodes(missing, free) if missing else []
         if self.config.plan:
-            check_models(missing, self._macs())
-            self._print_plan(missing)
+            macs = count_macs(self.jobs, self._macs())
+            check_models(missing, macs)
+            self._print_plan(missing, macs)
             self._check_places(missing)
             return COMPLETE
         self._check_places(missing)
@@ -225,10 +226,9 @@ class Session:
         whole = self.records | {record.key: record for record in finished}
         return [whole[job.key] for job in self.jobs if job.key in whole]
 
-    def _print_plan(self, missing: list[Job]) -> None:
+    def _print_plan(self, missing: list[Job], macs: Mapping[str, float]) -> None:
         if self.config.suite.expected.cost:
             self.console.print(f"Expected: {escape(self.config.suite.expected.cost)}")
-        macs = count_macs(self.jobs, self._macs())
         shown = self.jobs, {job.key for job in missing}, macs, self.nodes
         self.console.print(plan_table(*shown))
         for line in plan_summary(*shown):

@@ -22,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from benchmarks import checkpoints
 from benchmarks.errors import InputError
+from benchmarks.job import is_gpu_type
 from results.ledger import Ledger
 from results.record import Record
 from results.rows import METRIC
@@ -131,8 +132,9 @@ def run(
     cpus = min(needs.cpus * needs.processes, max(node.cpus for node in nodes))
     room = sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in nodes)
     resources = {"CPU": cpus, "GPU": gpus}
-    if needs.gpu_type:
-        resources[f"accelerator_type:{needs.gpu_type}"] = 0.001  # how Ray asks for a type: no trial waits for it
+    if needs.gpu_type:  # Ray wants the name that it has itself; it asks for so much of it that no trial waits for it
+        kind = next(kind for kind in nodes[0].gpu_type.split(", ") if is_gpu_type(needs.gpu_type, kind))
+        resources[f"accelerator_type:{kind}"] = 0.001
     learned = scheduler(search)
     by_number = {trial.number: trial for trial in trials}
     for record in known:

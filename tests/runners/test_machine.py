@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.job import is_gpu_type
 from runners import machine
 
 
@@ -32,3 +33,31 @@ def test_a_quota_of_cpus(cgroup):
     assert machine.usable_cpus() == 1
     (cgroup / "cpu.max").write_text("max 100000\n")
     assert machine.usable_cpus() >= 1
+
+
+@pytest.mark.parametrize(
+    ("driver", "ray"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000"),
+        ("NVIDIA GeForce RTX 4090", "GeForce-RTX-4090"),
+    ],
+)
+def test_a_gpu_has_the_type_that_ray_gives_it(driver, ray, monkeypatch):
+    """This machine is planned with the type that its Ray will have, and measurements know it by the same name."""
+    monkeypatch.setattr(machine, "DRIVERS", [""])  # of /dev itself, which is there
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: driver)
+    node = machine.this_machine(4, typed=True)
+    assert (node.gpus, node.gpu_type) == (2, ray)
+    assert is_gpu_type(ray, driver)
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "DRIVERS", ["no such device"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: pytest.fail("PyTorch was asked"))
+    assert machine.this_machine(4, typed=True) == machine.Node("this machine", 4)

@@ -250,14 +250,14 @@ def test_tune_is_asked_for_the_type_of_gpu_of_a_node_that_has_all(base, monkeypa
     def asked_for(work, resources):
         raise Asked(resources)
 
-    nodes = [Node("a", 64, 4, "A100"), Node("b", 6, 2, "H100")]
+    nodes = [Node("a", 64, 4, "A100"), Node("b", 6, 2, "H100, H100-80G")]
     monkeypatch.setattr(tune, "alive_nodes", lambda: nodes)
     monkeypatch.setattr(tune.tune, "with_parameters", lambda work, **_: work)
     monkeypatch.setattr(tune.tune, "with_resources", asked_for)
     place = Workplace(tmp_path, tmp_path, "test")
     trials = draw_trials(search(), base)
     with pytest.raises(Asked) as asked:
-        tune.run(trials, [], search(), place, Needs(4, 1.0, 2, "H100"), print)
+        tune.run(trials, [], search(), place, Needs(4, 1.0, 2, "h100"), print)
     assert asked.value.args[0] == {"CPU": 6, "GPU": 2, "accelerator_type:H100": 0.001}
     with pytest.raises(InputError, match="needs 2 GPUs of the type H200"):
         tune.run(trials, [], search(), place, Needs(4, 1.0, 2, "H200"), print)
