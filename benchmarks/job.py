@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -219,6 +219,11 @@ class Job:
         digest = hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]
         parts = [self.stage, self.task[:3], self.label, *([self.head] if self.head else []), digest]
         return "-".join(re.sub(r"[^A-Za-z0-9_.]", "_", part)[:60] for part in parts)
+
+    @cached_property
+    def counted_as(self) -> str:
+        """The key of the job that counts this one's model; of a pretraining, which none counts, of its seed 0."""
+        return replace(self, **({"seed": 0} if self.stage == "pretrain" else {"stage": "cost"})).key
 
     @property
     def title(self) -> str:

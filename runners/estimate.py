@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,13 +30,8 @@ UNKNOWN_IMAGES = 1000  # of a validation split of any size
 PUBLISHED = Path(__file__).parent.parent / "results" / "published" / "cost" / "leaderboard_cost.csv"
 
 
-def counted_as(job: Job) -> str:
-    """The key of the job that counts the model of `job`; of a pretraining, which no such job counts, of its seed 0."""
-    return dataclasses.replace(job, **({"seed": 0} if job.stage == "pretrain" else {"stage": "cost"})).key
-
-
 def known_macs(records: Iterable[Record]) -> dict[str, float]:
-    """MACs of one image by `counted_as`: from records, else from the costs that the project has published."""
+    """MACs of one image by `Job.counted_as`: from records, else from the costs that the project has published."""
     macs: dict[str, float] = {}
     if PUBLISHED.is_file():  # not where the packages are installed without the checkout
         with PUBLISHED.open(encoding="utf-8", newline="") as rows:
@@ -51,7 +45,7 @@ def count_macs(jobs: Iterable[Job], known: Mapping[str, float]) -> dict[str, flo
     """`known` and what it lacks, counted now: a fraction of a second each. What cannot be counted is left out."""
     macs = dict(known)
     for job in jobs:
-        if (key := counted_as(job)) not in macs:
+        if (key := job.counted_as) not in macs:
             with _quiet():
                 from benchmarks.measure import count_cost
                 from zoo import ZooError
@@ -91,7 +85,7 @@ def gpu_hours(job: Job, macs: Mapping[str, float]) -> float:
     """Hours of one GPU at the assumed rate, for all devices of the job together; 0 for what needs none."""
     if job.recipe is None:
         return 0.0
-    return work(job, macs.get(counted_as(job), UNKNOWN_MACS)) / GPU_MACS_PER_SECOND / 3600
+    return work(job, macs.get(job.counted_as, UNKNOWN_MACS)) / GPU_MACS_PER_SECOND / 3600
 
 
 def needs(job: Job, macs: Mapping[str, float], nodes: Sequence[Node]) -> Needs:
@@ -109,5 +103,5 @@ def needs(job: Job, macs: Mapping[str, float], nodes: Sequence[Node]) -> Needs:
     engine, threads = job.recipe.engine, job.recipe.threads
     gpus = engine.gpu_fraction if engine.gpu_type or any(node.gpus for node in nodes) else 0.0
     rate = GPU_MACS_PER_SECOND * gpus if gpus else CPU_MACS_PER_SECOND * threads
-    seconds = 1.0 + work(job, macs.get(counted_as(job), UNKNOWN_MACS)) / (rate * engine.processes)
+    seconds = 1.0 + work(job, macs.get(job.counted_as, UNKNOWN_MACS)) / (rate * engine.processes)
     return Needs(threads, gpus, engine.processes, engine.gpu_type, seconds=seconds)

@@ -12,7 +12,6 @@ from benchmarks import data
 from benchmarks.errors import InputError, choose
 from benchmarks.job import BARE, HEADS, PRECISIONS, SCHEDULES, SEGMENTATION_SETTINGS, STAGES, TASKS, Job, Recipe
 from runners.config import Benchmark, Config, ModelEntry, Suite
-from runners.estimate import counted_as
 
 SMALLEST_SIDE = 32  # pixels; below, no backbone of the suite has a map left
 COMMON_OPTIMIZERS = {"adamw", "sgd", "lars"}  # timm has these; to look up others it has to load, which takes seconds
@@ -301,7 +300,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 def check_models(jobs: Sequence[Job], counted: Container[str] = ()) -> None:
     """Builds each model once without weights: finds what is unknown or impossible before anything runs.
 
-    Those of `counted` (keys, see runners.estimate.counted_as) were built before.
+    Those of `counted` (keys, see Job.counted_as) were built before.
     A size that a model cannot take is not looked for: it is a row of the tables with its reason, beside the others.
 
     Raises:
@@ -313,7 +312,7 @@ def check_models(jobs: Sequence[Job], counted: Container[str] = ()) -> None:
         for name in optimizers:
             choose("optimizer", name, list_optimizers(), "recipe")
 
-    new = [job for job in jobs if counted_as(job) not in counted]
+    new = [job for job in jobs if job.counted_as not in counted]
     models = {(job.model, job.task, json.dumps(job.content()["model_config"], sort_keys=True)): job for job in new}
     if not models:
         return

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.job import Job
-from runners.estimate import ASSUMED, counted_as, gpu_hours, needs
+from runners.estimate import ASSUMED, gpu_hours, needs
 from runners.placement import Needs, Node, simulate
 
 
@@ -59,7 +59,7 @@ def takes(asked: Needs) -> str:
 def _hours(job: Job, macs: Mapping[str, float]) -> str:
     if job.recipe is None:
         return ""
-    if counted_as(job) not in macs:
+    if job.counted_as not in macs:
         return "?"
     hours = gpu_hours(job, macs)
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
@@ -85,7 +85,7 @@ def plan_summary(jobs: Sequence[Job], missing: set[str], macs: Mapping[str, floa
         )
     if any(job.recipe for job in left):
         lines.append(ASSUMED)
-    if any(job.recipe and counted_as(job) not in macs for job in left):
+    if any(job.recipe and job.counted_as not in macs for job in left):
         lines.append("?: the model could not be counted; taken for 1 GMAC.")
     return lines
 

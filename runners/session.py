@@ -18,7 +18,7 @@ from results.record import Record
 from results.rows import METRIC
 from runners.config import Cluster, Config
 from runners.config import Executor as ExecutorName
-from runners.estimate import count_macs, counted_as, known_macs, needs
+from runners.estimate import count_macs, known_macs, needs
 from runners.execute import Workplace, discard_checkpoints, make_record, weights_are_there
 from runners.executors import Executor, Inline, Processes, outline, workers
 from runners.machine import free_gib, this_machine
@@ -174,7 +174,7 @@ class Session:
 
     def _macs(self) -> dict[str, float]:
         ledger = Ledger(self.workplace.ledger, self._tell)
-        return known_macs(ledger.records({counted_as(job) for job in self.jobs}))
+        return known_macs(ledger.records({job.counted_as for job in self.jobs}))
 
     def _needs(self, jobs: Sequence[Job], macs: Mapping[str, float] | None = None) -> dict[str, Needs]:
         macs = self._macs() if macs is None else macs

@@ -11,7 +11,7 @@ import pytest
 from tests_support import configuration
 
 from benchmarks.job import Engine, Job, Recipe, SpeedSettings, is_gpu_type
-from runners.estimate import GPU_MACS_PER_SECOND, count_macs, counted_as, known_macs, needs
+from runners.estimate import GPU_MACS_PER_SECOND, count_macs, known_macs, needs
 from runners.placement import Needs, Node, Schedule, Timeline, problem, simulate
 from runners.plan import make_jobs
 from runners.plan_table import plan_summary, plan_table
@@ -50,9 +50,9 @@ def two_suites() -> tuple[list[Job], dict[str, float]]:
     """Jobs and MACs. The two autoencoders are in no published table: they are counted."""
     jobs = jobs_of(["ade20k_segformer", "imagenet_classification"])
     known = known_macs([])
-    assert {job.stage for job in jobs if counted_as(job) not in known} == {"pretrain"}
+    assert {job.stage for job in jobs if job.counted_as not in known} == {"pretrain"}
     macs = count_macs(jobs, known)
-    assert macs.keys() == known.keys() | {counted_as(job) for job in jobs}
+    assert macs.keys() == known.keys() | {job.counted_as for job in jobs}
     return jobs, macs
 
 
@@ -217,10 +217,10 @@ def a_job(stage: str, **changes) -> Job:
 def test_what_jobs_need():
     with_gpus, without = [Node("a", 8, 2)], [Node("a", 8)]
     train = a_job("train", recipe=Recipe(iterations=1000, batch_size=10, threads=3))
-    macs = {counted_as(train): 1e9}
+    macs = {train.counted_as: 1e9}
     assert needs(train, macs, without) == Needs(3, 0.0, seconds=1 + 3 * 1e13 / (3 * 20e9))
     assert needs(train, macs, with_gpus) == Needs(3, 1.0, seconds=1 + 3e13 / GPU_MACS_PER_SECOND)
-    assert counted_as(train) == counted_as(a_job("evaluate")) == a_job("cost").key
+    assert train.counted_as == a_job("evaluate").counted_as == a_job("cost").key
     several = a_job("evaluate", recipe=Recipe(engine=Engine(processes=2, gpu_type="H100")))
     assert needs(several, macs, without).gpu_type == "H100"  # which is then missed, rather than done without
     assert needs(several, macs, with_gpus).processes == 2
@@ -236,7 +236,7 @@ def test_what_jobs_need():
 def test_teachers_probes_and_several_scales_count():
     def seconds(stage: str, **recipe) -> float:
         job = a_job(stage, recipe=Recipe(**recipe))
-        return needs(job, {counted_as(job): 1e9}, []).seconds - 1
+        return needs(job, {job.counted_as: 1e9}, []).seconds - 1
 
     plain = seconds("train")
     assert seconds("train", distillation_alpha=0.5) == pytest.approx(4 / 3 * plain)
