@@ -23,7 +23,7 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 import zoo
 from benchmarks import data
@@ -166,11 +166,12 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
     root = data.prepare(job.data, context.data_root, job.data_options, context.report)
     dataset = build_dataset(job, root, training=True)
     hooks = [Averaging()] if job.recipe.ema else []
+    looks = validation(job, root) if job.recipe.validate_every else None
     if job.stage == SEARCH:
         seen, held_out = split(job, len(dataset))
         images = open_images(data.describe(job.data), root, True, build_transform(job, training=False))
-        scored = Subset(images, held_out), default_collate, job.recipe.images_per_forward, TopK(), "top1"
-        dataset, hooks = Subset(dataset, seen), [*hooks, Scores(job, context, *scored)]
+        dataset, looks = Subset(dataset, seen), _validation(job, Subset(images, held_out))
+        hooks = [*hooks, Scores(job, context, looks)]
     loaded: list[str] = []
 
     def build() -> Classifier:
@@ -179,7 +180,6 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
             loaded.append(start_from(network, initial))
         return Classifier(network, job.recipe, job.seed)
 
-    looks = validation(job, root) if job.recipe.validate_every else None
     outcome = train(job, context, build, dataset, default_collate, hooks, looks)
     if job.stage == SEARCH:
         hooks[-1].add_to(outcome)
@@ -207,7 +207,10 @@ def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
 
 def validation(job: Job, root: Path) -> Validation:
     """Top-1 and top-5 accuracy on the validation images below `root`."""
-    dataset = build_dataset(job, root, training=False)
+    return _validation(job, build_dataset(job, root, training=False))
+
+
+def _validation(job: Job, dataset: Dataset) -> Validation:
     return Validation(dataset, default_collate, job.recipe.images_per_forward, TopK(), score="top1")
 
 

@@ -312,9 +312,12 @@ def training_runner(
     loop["accumulate"] = job.recipe.engine.accumulate
     looks: dict[str, Any] = {}
     if validation is not None:
-        loop["val_interval"] = job.recipe.validate_every
         looks = validation.settings(job, context)
-        hooks = [*hooks, KeepBest(job.recipe, validation.score, context.folder(job.key) / BEST)]
+        if job.recipe.validate_every:
+            loop["val_interval"] = job.recipe.validate_every
+            hooks = [*hooks, KeepBest(job.recipe, validation.score, context.folder(job.key) / BEST)]
+        else:
+            loop["val_begin"] = job.recipe.iterations + 1  # never: one of `hooks` knows when
     return build_runner(
         job,
         context,
@@ -343,8 +346,8 @@ def train(
 
     The checkpoints stay until the ledger knows of the weights (`checkpoints.discard`).
 
-    With `validation` it looks at the validation images every `recipe.validate_every` iterations and after the last,
-    and keeps the weights that scored highest, too.
+    With `validation` it looks at its images every `recipe.validate_every` iterations and after the last, and keeps the
+    weights that scored highest, too; where that is 0 it looks when one of `hooks` does (`runner.val_loop.run()`).
 
     Within a process group it trains on all processes of it; each returns the same outcome.
 

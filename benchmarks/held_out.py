@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from mmengine.dataset import DefaultSampler
-from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch.utils.data import Dataset
 
-from benchmarks.draws import loader
 from benchmarks.engine import Context, Outcome
 from benchmarks.errors import InputError
 from benchmarks.job import Job
+from benchmarks.validation import Validation
 
 SPLIT_SEED = 0  # the same images for every search, whatever its seeds
 
@@ -43,26 +38,14 @@ def scored_at(iterations: int, times: int) -> list[int]:
 class Scores(Hook):
     """Scores a training on held-out images; its progress carries `scores`, as [iteration, percent], so far.
 
-    The scores are part of every checkpoint. They are computed in float32, and change nothing in the training.
+    The scores are part of every checkpoint. They are computed in float32 by the training's looks at `images`
+    (benchmarks.validation), each image once over all processes, and change nothing in the training.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        context: Context,
-        dataset: Dataset,
-        collate: Callable,
-        batch_size: int,
-        metric: BaseMetric,
-        name: str,
-    ):
+    def __init__(self, job: Job, context: Context, images: Validation):
         self.job = job
         self.context = context
-        self.dataset = dataset
-        self.collate = collate
-        self.batch_size = batch_size
-        self.metric = metric
-        self.name = name  # of the metric's number that counts
+        self.images = images
         self.when = scored_at(job.recipe.iterations, job.scoring.times)
         self.scores: list[list[float]] = []
 
@@ -76,32 +59,20 @@ class Scores(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         iteration = batch_idx + 1
         if iteration in self.when:
-            score = self._score(runner.model)
+            score = float(runner.val_loop.run()[self.images.score])
             self.scores.append([iteration, score])
-            runner.visualizer.add_scalar(f"held_out_{self.name}", score, iteration)
+            runner.visualizer.add_scalar(f"held_out_{self.images.score}", score, iteration)
             self._tell(iteration)
 
-    def add_to(self, outcome: Outcome) -> Outcome:
-        """`outcome` of the training with its scores."""
+    def add_to(self, outcome: Outcome) -> None:
+        """Adds the scores to the `outcome` of the training."""
+        name = f"held_out_{self.images.score}"
         iterations, scores = zip(*self.scores, strict=True)
-        outcome.metrics[f"held_out_{self.name}"] = scores[-1]
-        outcome.samples |= {f"held_out_{self.name}": list(scores), "iteration": list(map(float, iterations))}
-        outcome.details["held_out_images"] = len(self.dataset)
-        return outcome
+        outcome.metrics[name] = scores[-1]
+        outcome.samples |= {name: list(scores), "iteration": list(map(float, iterations))}
+        outcome.details["held_out_images"] = len(self.images.dataset)
 
     def _tell(self, iteration: int) -> None:
-        text = f"held-out {self.name} {self.scores[-1][1]:.1f} %" if self.scores else ""
+        text = f"held-out {self.images.score} {self.scores[-1][1]:.1f} %" if self.scores else ""
         fraction = iteration / self.job.recipe.iterations
         self.context.progress({"fraction": fraction, "text": text, "scores": self.scores})
-
-    @torch.no_grad()
-    def _score(self, model: torch.nn.Module) -> float:
-        self.metric.collect_dir = str(self.context.folder(self.job.key) / "collected")
-        evaluator = Evaluator(self.metric)
-        evaluator.dataset_meta = getattr(self.dataset, "metainfo", None)
-        sampler = DefaultSampler(self.dataset, shuffle=False)
-        model.eval()
-        for batch in loader(self.job, self.dataset, self.batch_size, self.collate, sampler=sampler):
-            evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-        model.train()
-        return float(evaluator.evaluate(len(self.dataset))[self.name])

@@ -117,10 +117,9 @@ def run_train(job: Job, context: Context, initial: Path | None = None) -> Outcom
 
     dataset, hooks = training_data(job, root), []
     if job.stage == SEARCH:
-        metric = IoUMetric(iou_metrics=["mIoU"])
         seen, held_out = split(job, len(dataset))
-        images = evaluation_data(job, root, training=True).get_subset(held_out)
-        dataset, hooks = dataset.get_subset(seen), [Scores(job, context, images, pseudo_collate, 1, metric, "mIoU")]
+        looks = _validation(evaluation_data(job, root, training=True).get_subset(held_out))
+        dataset, hooks = dataset.get_subset(seen), [Scores(job, context, looks)]
     outcome = train(job, context, build, dataset, pseudo_collate, hooks, looks)
     if job.stage == SEARCH:
         hooks[-1].add_to(outcome)
@@ -154,10 +153,12 @@ def run_evaluate(job: Job, context: Context, weights: Path) -> Outcome:
 
 def validation(job: Job, root: Path, scales: list[float] | None = None) -> Validation:
     """mIoU, mAcc and aAcc on the validation images below `root`, one scale of them or the mean of several."""
+    return _validation(evaluation_data(job, root, scales))
+
+
+def _validation(dataset: BaseSegDataset) -> Validation:
     # One image at a time: their sizes differ.
-    return Validation(
-        evaluation_data(job, root, scales), pseudo_collate, 1, IoUMetric(iou_metrics=["mIoU"]), score="mIoU"
-    )
+    return Validation(dataset, pseudo_collate, 1, IoUMetric(iou_metrics=["mIoU"]), score="mIoU")
 
 
 def _part(context: Context, start: float, length: float) -> Context:

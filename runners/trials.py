@@ -49,7 +49,8 @@ class Trial:
 def draw_trials(search: Search, training: Job) -> list[Trial]:
     """The trials of a search for the recipe of `training`; fewer than asked for where the space has no more.
 
-    A batch of another size sees as many images: its iterations, and those of its warm-up, are scaled.
+    A batch of another size sees as many images: its iterations, and those of its warm-up, are scaled. A drawn batch is
+    rounded to what the engine's processes and forwards can share (pairs, with Mixup), and so depends on them, too.
 
     Raises:
         InputError: the search or its space is impossible, or a drawn recipe is.
@@ -154,7 +155,11 @@ def _values(space: Mapping[str, Range], seed: int, recipe: Recipe, draw: int) ->
         if spread.relative:
             value *= defaults[name]
         if _is_number(value) and kinds[name] in (int, int | None):
-            value = max(1, round(value))
+            unit = 1
+            if name == "batch_size":
+                pairs = recipe.mixup or "mixup" in space
+                unit = recipe.engine.processes * recipe.engine.accumulate * (2 if pairs else 1)
+            value = unit * max(1, round(value / unit))
         elif isinstance(value, float):
             value = float(f"{value:.3g}")  # more digits would only be hard to read
         values[name] = value

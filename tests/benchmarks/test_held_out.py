@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import psutil
 import pytest
-from training_support import job
+from training_support import SENSITIVE, job, with_engine
 
 from benchmarks.errors import InputError
 from benchmarks.held_out import scored_at, split
-from benchmarks.job import SEARCH, Scoring
+from benchmarks.job import SEARCH, Engine, Scoring
 from runners.execute import Workplace, run_job
 
 
@@ -54,6 +55,28 @@ def test_scoring_changes_no_weight(task, tmp_path, data_root):
     assert often.details["weights_sha256"] == once.details["weights_sha256"]
     assert often.details["held_out_images"] == 4
     assert 0 <= often.metrics[name] <= 100
+
+
+def test_two_processes_score_as_one_and_end_with_the_trial(tmp_path, data_root):
+    """Eleven images, which two cannot share evenly. A scheduler ends a trial while it reports a score."""
+    one = with_engine(trial("classification", held_out=0.275), **SENSITIVE)
+    expected = run_job(one, workplace(tmp_path, data_root, "one"))[0]
+    assert expected.details["held_out_images"] == 11
+    assert len(set(expected.samples["held_out_top1"])) > 1
+    before, scores = set(psutil.Process().children(recursive=True)), []
+
+    def watch(state):
+        scores[:] = state.get("scores", scores)
+        if len(scores) == 3:
+            assert len(set(psutil.Process().children(recursive=True)) - before) >= 2
+            raise SystemExit
+
+    two = with_engine(one, Engine(processes=2))
+    with pytest.raises(SystemExit):
+        run_job(two, workplace(tmp_path, data_root, "two"), watch)
+    assert [score for _, score in scores] == pytest.approx(expected.samples["held_out_top1"][:3])
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [each for each in left if "spawn_main" in str(each.cmdline())]
 
 
 def test_a_loss_that_is_not_a_number_is_an_outcome_of_the_trial(tmp_path, data_root):

@@ -14,9 +14,10 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 from tests_support import MINIATURE, configuration
+from training_support import with_engine
 
 from benchmarks.errors import InputError
-from benchmarks.job import SEARCH, Job, Recipe
+from benchmarks.job import SEARCH, Engine, Job, Recipe
 from results.ledger import Ledger
 from runners import run
 from runners.config import Cluster, Distribution, Range, Scheduler, Search
@@ -77,6 +78,17 @@ def test_trials_stay_in_their_space_and_see_as_many_images(base):
 def test_a_space_that_is_used_up_gives_each_recipe_once(base):
     trials = draw_trials(search(space={"batch_size": BATCH_SIZE}), base)
     assert sorted(trial.values["batch_size"] for trial in trials) == [8, 16, 32]
+
+
+@pytest.mark.parametrize(("mixup", "unit"), [({}, 6), ({"mixup_alpha": 0.2}, 12)])
+def test_a_drawn_batch_can_be_shared_by_the_processes(base, mixup, unit):
+    engine = Engine(processes=3, accumulate=2)
+    shared = with_engine(base, engine, batch_size=24, mixup=mixup)
+    space = {"batch_size": Range(Distribution.uniform, low=0.01, high=4, relative=True)}
+    sizes = {trial.values["batch_size"] for trial in draw_trials(search(space=space), shared)}
+    assert len(sizes) > 4
+    assert min(sizes) >= unit
+    assert not any(size % unit for size in sizes)
 
 
 def test_suites_of_the_papers_can_be_searched():
@@ -375,6 +387,23 @@ def test_a_search_that_is_killed_goes_on(command_line, tmp_path, capsys, monkeyp
     assert not list((output / "search").glob(".tune"))
     best = configuration_of(outcome / "recipe" / "best.yaml")
     assert best == first.job.recipe
+
+
+@pytest.mark.long
+def test_trials_of_two_processes(command_line):
+    """Side by side on the CPUs of this machine; one is stopped early, and its batch can be shared."""
+    recipe = "suite.benchmarks.segmentation.recipe"
+    printed = command_line.run(
+        *("search=asha", "search.scores=3", "search.trials=2", "models=[test_mit]"),
+        "suite.benchmarks.classification.stages=[cost]",
+        *("~search.space.drop_path_rate", "search.space.batch_size.values=[0.6]"),
+        *("search.space.learning_rate.low=1e-6", "search.space.learning_rate.high=1e-5"),
+        *(f"{recipe}.engine.processes=2", f"{recipe}.iterations=60"),
+    )
+    first, second = sorted(records(command_line.output).values(), key=lambda record: record.status)
+    assert (first.status, first.details["engine"]["processes"]) == ("done", 2)
+    assert (second.status, second.job["recipe"]["batch_size"]) == ("stopped", 2), printed
+    assert second.metrics["iterations"] < second.job["recipe"]["iterations"] == 120
 
 
 def rows_score(rows, number):
