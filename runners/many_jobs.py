@@ -164,6 +164,7 @@ def plan_seconds(jobs: int, folder: Path) -> float:
 
 def tune_overhead(trials: int, slots: int, folder: Path) -> float:
     """Seconds of a slot that Ray Tune takes for a trial that does nothing, beyond what the first four take."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its tables are of no interest here
     from ray import tune
 
     def trial(config: dict) -> None:
