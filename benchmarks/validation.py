@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation images, and what is computed on them."""
+    """The validation images, or those that a search holds out, and what is computed on them."""
 
     dataset: Dataset
     collate: Callable  # makes a batch of samples
