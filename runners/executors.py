@@ -181,7 +181,7 @@ class Processes:
         self._context.set_forkserver_preload(
             ["benchmarks.measure", "benchmarks.classification", "benchmarks.segmentation"]
         )
-        with _silent():  # some libraries complain while they load
+        with silent():  # some libraries complain while they load
             forkserver.ensure_running()
 
     def run(self, jobs: Sequence[Job], done: Done, tell: Tell = tell_nobody) -> None:
@@ -202,7 +202,7 @@ class Processes:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """What is started inside prints nothing: its standard output and error go nowhere."""
     kept = [(stream, os.dup(stream)) for stream in (1, 2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -20,7 +20,7 @@ from results.record import Record
 from runners.config import Cluster
 from runners.estimate import needs
 from runners.execute import Workplace, make_record, run_job
-from runners.executors import Done, Queue, Tell, Tries, outline, tell_nobody
+from runners.executors import Done, Queue, Tell, Tries, outline, silent, tell_nobody
 from runners.placement import Node, Placement, Schedule
 
 SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they are blocked
@@ -182,7 +182,7 @@ def alive_nodes() -> list[Node]:
         there = node["Resources"]
         kinds = [name.removeprefix("accelerator_type:") for name in there if name.startswith("accelerator_type:")]
         if node["Alive"] and there.get("CPU"):  # a head that was started with none is to run no jobs
-            kind = kinds[0] if kinds else None
+            kind = ", ".join(sorted(kinds)) or None
             nodes.append(Node(node["NodeID"], int(there.get("CPU", 0)), int(there.get("GPU", 0)), kind))
     return nodes
 
@@ -201,6 +201,7 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     from ray._private import ray_constants
+    from ray.exceptions import AuthenticationError
 
     if cluster is Cluster.local:  # where Ray was imported before, it did not see that
         ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", False)
@@ -208,7 +209,8 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
         if cluster is Cluster.auto:
-            ray.init(address="auto", **quiet)
+            with silent():  # each second of twenty it would say that it is refused
+                ray.init(address="auto", **quiet)
         else:
             # "local" is a cluster of this run's own: without it Ray would join whatever runs on this machine.
             ray.init(
@@ -218,17 +220,19 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
                 object_store_memory=100 * 2**20,  # records are small; the default is a third of the memory
                 **quiet,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         address = os.environ.get("RAY_ADDRESS")  # where it is set, Ray does not look for a token of itself
-        if cluster is Cluster.auto and address and isinstance(error, ConnectionError):
+        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+        if isinstance(error, AuthenticationError) or AuthenticationError.__name__ in str(error.__cause__):
             raise InputError(
-                f"cluster=auto: no Ray cluster at RAY_ADDRESS={address} lets this run in; is it there, and is it given "
-                "its token (RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token)?"
+                f"cluster=auto: the Ray cluster {where} wants its token, and this run has not that one; where the "
+                "cluster was started, 'ray get-auth-token --generate' made it: copy ~/.ray/auth_token from there, and "
+                "set RAY_AUTH_MODE=token"
             ) from error
         if cluster is Cluster.auto and isinstance(error, ConnectionError):
             raise InputError(
-                "cluster=auto: no Ray cluster runs on this machine; start one with 'ray start --head', "
-                "or use cluster=local"
+                f"cluster=auto: no Ray cluster runs {where}; start one with 'ray get-auth-token --generate', once, and "
+                "'RAY_AUTH_MODE=token ray start --head', or use cluster=local"
             ) from error
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Ray cannot start on this machine: {reason}; executor=inline does without") from error

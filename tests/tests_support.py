@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -46,14 +47,15 @@ def may_mount() -> bool:
 
 
 class CommandLine:
-    """`python runners/run.py` in a folder of its own, as a real process."""
+    """`python runners/run.py` in a folder of its own, as a real process, `settings` before all others."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, settings: Sequence[str] = ()):
         self.folder = folder
         self.output = folder / "output"
+        self.settings = settings
 
     def command(self, *overrides: str, miniature: bool = True) -> list[str]:
-        settings = [*MINIATURE, *overrides] if miniature else list(overrides)
+        settings = [*self.settings, *MINIATURE, *overrides] if miniature else list(overrides)
         places = [f"output={self.output}", f"data_root={self.folder / 'data'}"]
         places = [place for place in places if not any(o.startswith(place.split("=")[0] + "=") for o in overrides)]
         return [sys.executable, str(ROOT / "runners" / "run.py"), *settings, *places]

@@ -5,26 +5,21 @@ from __future__ import annotations
 import random
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from ray.cluster_utils import Cluster as RayCluster
 from safetensors.torch import load_file
-from tests_support import MINIATURE, configuration
 from training_support import SENSITIVE, assert_the_same, curve, job, trained, with_engine
 
 from benchmarks.engine import Context
 from benchmarks.job import Engine, Job, Recipe, SpeedSettings
 from benchmarks.measure import measure
-from results.ledger import Ledger
 from results.record import Record
 from runners import ray_executor, ray_group, run
 from runners.config import Cluster
 from runners.execute import Workplace
-from runners.executors import Inline
-from runners.plan import make_jobs
 from runners.ray_executor import Ray
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="workers would look for the GPUs that are not there")
@@ -187,59 +182,6 @@ def test_a_group_on_two_nodes_goes_on_after_the_death_of_a_process(two_nodes, tm
     alone = measure(three, Context(tmp_path / "alone", tmp_path / "data"))
     assert record.details["weights_sha256"] == alone.details["weights_sha256"]
     assert record.metrics == alone.metrics
-
-
-def comparable(output: Path) -> dict[str, dict]:
-    """All that records say but provenance and times."""
-    found = {}
-    for record in Ledger(output / "ledger").records():
-        plain = record.to_dict() | {"provenance": None}
-        if "curves" in record.artifacts:
-            plain["artifacts"] = record.artifacts | {"curves": None}  # a folder that is called after the time
-        if record.stage == "speed":
-            plain |= {"metrics": sorted(record.metrics), "samples": sorted(record.samples), "notes": None}
-            plain["details"] = {name: value for name, value in record.details.items() if name != "foreign_load"}
-        found[record.key] = plain
-    return found
-
-
-def that_watches_its_threads():
-    def watched(job, workplace):
-        import os
-
-        import torch
-        from torch.nn.modules.module import register_module_forward_pre_hook
-
-        from runners.execute import run_job
-
-        seen = set()
-        hook = register_module_forward_pre_hook(lambda module, inputs: seen.add(torch.get_num_threads()))
-        try:
-            record, messages = run_job(job, workplace)
-        finally:
-            hook.remove()
-        return record, [*messages, f"{os.environ.get('OMP_NUM_THREADS')} for {job.stage}, used {sorted(seen)}"]
-
-    return watched
-
-
-def test_two_nodes_give_the_same_records_as_one_process(two_nodes, tmp_path, monkeypatch):
-    """Their timings with the threads that were asked for, though Ray gives its workers other numbers."""
-    monkeypatch.setattr(ray_executor, "run_job", that_watches_its_threads())
-    settings = [*MINIATURE, "models=[test_mit]", "suite.speed.threads=3"]
-    jobs = [each for each in make_jobs(configuration(*settings)) if each.task == "classification"]
-    assert {each.stage for each in jobs} == {"cost", "speed", "train", "evaluate"}
-    inline = Workplace(output=tmp_path / "inline", data_root=two_nodes.workplace.data_root, command="test")
-    Inline(inline, {}).run(jobs, lambda record, messages: None)
-    two_nodes(jobs)
-    (threads,) = (message for message in two_nodes.messages if "for speed" in message)
-    assert threads.endswith("used [3]")
-    assert not threads.startswith(("None", "3"))
-    expected = comparable(inline.output)
-    assert comparable(two_nodes.workplace.output) == expected
-    assert {found["status"] for found in expected.values()} == {"done"}
-    (speed,) = (found for found in expected.values() if found["stage"] == "speed")
-    assert speed["details"]["threads"] == 3
 
 
 GROUP = ["suite.benchmarks.classification.recipe.batch_size=10", "suite.benchmarks.classification.recipe.mixup={}"]

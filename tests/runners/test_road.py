@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
+from ray.cluster_utils import Cluster as RayCluster
 from tests_support import CommandLine
 
 from results.ledger import Ledger
 from results.record import Record
+from runners import ray_executor, run, view
 
 JOBS = 2 * 2 * 4  # models x tasks x stages
+BUSY = ("ray::speed", "ray::train", "ray::evaluate")  # how Ray calls a worker while it has a job
+STAGES = "stages=[cost,speed,train,evaluate]"  # all but the report
+# One of the two segmentations starts from a classification; timings have more threads than Ray gives its workers.
+SUITE = """
+defaults: [demo, _self_]
+speed: {threads: 3}
+benchmarks:
+  classification: {models: {test_hivit: {}, test_mit: {}}}
+  segmentation: {models: {test_hivit: {}, test_mit: {initialize_from: classification/test_mit}}}
+"""
 
 
 def records(output: Path) -> dict[str, Record]:
@@ -32,6 +52,20 @@ def scores(output: Path) -> dict[str, dict[str, float]]:
     return {key: record.metrics for key, record in records(output).items() if record.stage != "speed"}
 
 
+def comparable(output: Path) -> dict[str, dict]:
+    """All that records say but provenance and times."""
+    found = {}
+    for record in records(output).values():
+        plain = record.to_dict() | {"provenance": None}
+        if "curves" in record.artifacts:
+            plain["artifacts"] = record.artifacts | {"curves": None}  # a folder that is called after the time
+        if record.stage == "speed":
+            plain |= {"metrics": sorted(record.metrics), "samples": sorted(record.samples), "notes": None}
+            plain["details"] = {name: value for name, value in record.details.items() if name != "foreign_load"}
+        found[record.key] = plain
+    return found
+
+
 def weights(output: Path) -> dict[str, str]:
     return {key: r.details["weights_sha256"] for key, r in records(output).items() if r.stage == "train"}
 
@@ -39,7 +73,11 @@ def weights(output: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> CommandLine:
     """The suite, run once in one process and left alone."""
-    line = CommandLine(tmp_path_factory.mktemp("undisturbed"))
+    suite = tmp_path_factory.mktemp("conf") / "suite" / "road.yaml"
+    suite.parent.mkdir()
+    suite.write_text(SUITE)
+    settings = ["--config-dir", str(suite.parent.parent), "suite=road"]
+    line = CommandLine(tmp_path_factory.mktemp("undisturbed"), settings)
     line.printed = line.run("executor=inline")
     return line
 
@@ -47,6 +85,7 @@ def undisturbed(tmp_path_factory) -> CommandLine:
 @pytest.fixture
 def started(command_line, undisturbed):
     """A command line that shares the data, but nothing else, with the undisturbed run."""
+    command_line.settings = undisturbed.settings
     (command_line.folder / "data").symlink_to(undisturbed.folder / "data")
     return command_line
 
@@ -93,61 +132,184 @@ def test_again_computes_nothing(undisturbed):
     assert before == {path: path.read_bytes() for path in (undisturbed.output / "ledger").glob("*.json")}
 
 
-def test_ray_gives_the_same_and_a_new_model_runs_alone(started, undisturbed):
-    printed = started.run("models=[test_hivit]")
-    assert "Complete: 8 jobs run" in printed
-    before = records(started.output)
-    printed = started.run("models=[test_hivit,test_mit]")
-    assert "Complete: 8 jobs run, 8 were done before" in printed
-    after = records(started.output)
-    assert {key: after[key] for key in before} == before
-    assert scores(started.output) == scores(undisturbed.output)
-    assert weights(started.output) == weights(undisturbed.output)
+def copy_records(undisturbed: CommandLine, started: CommandLine, *patterns: str) -> set[str]:
+    """Has the jobs with such keys done, as if `started` had run them; returns their keys."""
+    for path in (path for pattern in patterns for path in undisturbed.output.glob(f"*/{pattern}")):
+        if path.parent.name in ("ledger", "jobs"):
+            place = started.output / path.parent.name / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, place)
+    return set(records(started.output))
 
 
-def kill_tree(process: subprocess.Popen, only_worker: bool, dice: random.Random) -> None:
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [child for child in children if "run_job" in " ".join(_command(child)) or "ray::" in child.name()]
-    if only_worker and workers:
-        dice.choice(workers).kill()
-    else:
-        process.kill()
+@pytest.fixture
+def run_here(started, monkeypatch, capsys):
+    """As `started.run`, but in this process, which has the libraries already."""
+
+    def run_here(*overrides: str) -> str:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # put back afterwards: `main` sets it
+        monkeypatch.setattr("sys.argv", ["run.py"])
+        assert run.main(started.command(*overrides, STAGES)[2:]) == 0
+        return capsys.readouterr().out
+
+    return run_here
 
 
-def _command(process: psutil.Process) -> list[str]:
+def test_ray_gives_the_same_records_and_a_new_model_runs_alone(started, undisturbed, run_here):
+    """On this machine, and beside what is there already, which stays as it is."""
+    copy_records(undisturbed, started, "*-cla-test_hivit-*")
+    before = {path: path.read_bytes() for path in (started.output / "ledger").iterdir()}
+    assert len(before) == 4
+    assert "Complete: 12 jobs run, 4 were done before" in run_here()
+    assert {path: path.read_bytes() for path in before} == before
+    assert comparable(started.output) == comparable(undisturbed.output)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch) -> Iterator[None]:
+    """A Ray cluster of two nodes on this machine, open to those alone who have its token."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "")  # what follows sets it: to be taken back
+        patch.delenv("RAY_AUTH_MODE")
+        enable_token_auth_by_default()
+        ensure_token_if_auth_enabled()
+        node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+        cluster = RayCluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+        cluster.add_node(**node)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield
+        cluster.shutdown()
+
+
+def that_says_where_it_is():
+    """Stands within a function: so it travels to the workers, which do not know this file."""
+
+    def watched(job, workplace):
+        import os
+
+        import ray
+        import torch
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        from runners.execute import run_job
+
+        seen = set()
+        hook = register_module_forward_pre_hook(lambda module, inputs: seen.add(torch.get_num_threads()))
+        try:
+            record, messages = run_job(job, workplace)
+        finally:
+            hook.remove()
+        threads = f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}, used {sorted(seen)}"
+        return record, [*messages, f"{job.title} on {ray.get_runtime_context().get_node_id()}: {threads}"]
+
+    return watched
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="workers would look for the GPUs that are not there")
+def test_two_nodes_give_the_same_records(two_nodes, started, undisturbed, run_here, tmp_path, monkeypatch):
+    """With the threads that timings ask for, though Ray gives its workers other numbers; the progress of the jobs of
+    both nodes is shown. Meanwhile two others knock: one does not say that it has a token, the other has none.
+    """
+    strangers = []
+    for mode in ({}, {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}):
+        with monkeypatch.context() as patch:
+            patch.delenv("RAY_AUTH_MODE")
+            patch.setenv("RAY_NUM_REDIS_GET_RETRIES", "2")  # seconds that it goes on knocking
+            for name, value in mode.items():
+                patch.setenv(name, value)
+            strangers.append(started.start("cluster=auto", f"output={tmp_path / 'stranger'}"))
+
+    monkeypatch.setattr(ray_executor, "run_job", that_says_where_it_is())
+    monkeypatch.setattr(view, "SECONDS_BETWEEN_LINES", 0.05)
+    lines = run_here("cluster=auto").splitlines()
+    expected = comparable(undisturbed.output)
+    assert comparable(started.output) == expected
+    assert [found["details"]["threads"] for found in expected.values() if found["stage"] == "speed"] == [3] * 4
+    assert sum("starts_from" in found["job"] for found in expected.values()) == 2  # a training and its evaluation
+
+    said = [re.fullmatch(r"! (.+) on (\w+): OMP_NUM_THREADS=(\w+), used (.+)", line) for line in lines]
+    jobs = {found[1]: found for found in said if found}
+    assert len(jobs) == JOBS - 4  # all but the counts, which are this process's
+    for title, found in jobs.items():
+        assert found[3] != "3"
+        assert found[4] == ("[3]" if title.startswith("speed") else "[1]")
+    running = [{jobs[title][2] for title in jobs if title in line} for line in lines if " running · " in line]
+    assert any(len(nodes) == 2 for nodes in running)
+    assert any(" running · " in line and "loss " in line for line in lines)
+
+    for stranger in strangers:
+        printed, _ = stranger.communicate(timeout=120)
+        assert stranger.returncode == 1
+        assert len(printed.strip().splitlines()) == 2  # the name of the suite before it
+        line = printed.strip().splitlines()[-1]
+        assert line.startswith("error: cluster=auto: the Ray cluster at RAY_ADDRESS=")
+        assert "'ray get-auth-token --generate' made it" in line
+    assert not (tmp_path / "stranger").exists()
+
+
+def worker_with_a_job(process: subprocess.Popen, dice: random.Random) -> psutil.Process:
+    """One of the Ray workers of a run that have a job, as soon as there is any."""
+    deadline = time.monotonic() + 120
+    while True:
+        children = psutil.Process(process.pid).children(recursive=True)
+        if workers := [each for each in children if _name(each).startswith(BUSY)]:
+            return dice.choice(workers)
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _name(process: psutil.Process) -> str:
     try:
-        return process.cmdline()
+        return process.name()
     except psutil.Error:
-        return []
+        return ""
 
 
-@pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_kill_at_any_moment_and_start_again(started, undisturbed, executor):
-    """kill -9, at random moments, of the driver or of a Ray worker: nothing is lost, doubled or half-written."""
+def test_kill_at_any_moment_and_start_again(started, undisturbed):
+    """kill -9, at random moments: nothing is lost, doubled or half-written."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")  # shown by pytest when the test fails
     dice = random.Random(seed)
     kills = 0
-    for _ in range(4 if executor == "inline" else 3):
-        process = started.start(f"executor={executor}")
-        wait = dice.uniform(2, 8) if executor == "inline" else dice.uniform(5, 15)
+    for _ in range(4):
+        process = started.start("executor=inline")
         try:
-            process.wait(timeout=wait)
+            process.wait(timeout=dice.uniform(2, 8))
             process.communicate()
             break
         except subprocess.TimeoutExpired:
             done_before = set(records(started.output)) if started.output.exists() else set()
-            kill_tree(process, only_worker=executor == "ray" and dice.random() < 0.5, dice=dice)
+            process.kill()
             kills += 1
-            if process.poll() is None:  # a worker was killed: the run goes on by itself
-                try:
-                    process.wait(timeout=dice.uniform(5, 20))
-                except subprocess.TimeoutExpired:
-                    process.kill()
             process.communicate()
             assert done_before <= set(records(started.output))
-    started.run(f"executor={executor}")
+    started.run("executor=inline")
     assert kills
+    assert_as_undisturbed(started, undisturbed)
+
+
+def test_kill_a_worker_then_the_run_and_start_again(started, undisturbed):
+    """kill -9 of a Ray worker with a job, and of the run somewhat later, which goes on with that job meanwhile."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # shown by pytest when the test fails
+    dice = random.Random(seed)
+    copy_records(undisturbed, started, "cost-*", "speed-*")
+    process = started.start(STAGES)
+    worker_with_a_job(process, dice)
+    time.sleep(dice.uniform(0, 3))
+    worker_with_a_job(process, dice).kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=dice.uniform(0, 15))
+    done_before = set(records(started.output))
+    process.kill()
+    process.communicate()
+    assert done_before <= set(records(started.output))
+    started.run(STAGES)
+    assert_as_undisturbed(started, undisturbed)
+
+
+def assert_as_undisturbed(started: CommandLine, undisturbed: CommandLine) -> None:
     assert scores(started.output) == scores(undisturbed.output)
     assert weights(started.output) == weights(undisturbed.output)  # resumed trainings end in the same bits
     assert not (started.output / "ledger" / "damaged").exists()
@@ -164,7 +326,7 @@ def test_two_runs_at_once(started, undisturbed):
 
 
 def test_damage_is_reported_and_mended(started, undisturbed):
-    started.run("executor=inline", "models=[test_mit]")
+    copy_records(undisturbed, started, "*-test_mit-*")
     ledger = started.output / "ledger"
     cost = next(ledger.glob("cost-cla-test_mit-*.json"))
     cost.write_text(cost.read_text()[:-40])
@@ -230,8 +392,9 @@ def test_the_report_is_on_the_whole_ledger(undisturbed):
 
 
 def test_damaged_data_are_remade(started, undisturbed):
+    copy_records(undisturbed, started, "train-*-test_mit-*")
     (started.folder / "data").unlink()
-    started.run("executor=inline", "models=[test_mit]", "stages=[train]")
+    shutil.copytree(undisturbed.folder / "data", started.folder / "data")
     folder = next((started.folder / "data").glob("digit_scenes_segmentation*"))
     image = next(folder.glob("images/training/*.jpg"))
     image.write_bytes(b"not an image")
@@ -242,10 +405,11 @@ def test_damaged_data_are_remade(started, undisturbed):
     assert weights(started.output) == expected
 
 
-def test_an_error_of_one_job_does_not_stop_the_others(started):
+def test_an_error_of_one_job_does_not_stop_the_others(started, undisturbed):
     """A loss that becomes infinite, weights of terabytes: those jobs fail with a reason, the rest is complete."""
+    copy_records(undisturbed, started, "*-cla-test_mit-*", "cost-seg-test_mit-*", "speed-seg-test_mit-*")
     printed = started.run(
-        "executor=ray",
+        STAGES,
         "models=[test_mit,hivit_tiny]",
         "+suite.benchmarks.classification.models.hivit_tiny.config.mlp_ratio=1e8",
         "suite.benchmarks.segmentation.recipe.learning_rate=1e30",
