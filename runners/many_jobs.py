@@ -29,7 +29,7 @@ from benchmarks.job import Job
 from results.ledger import Ledger
 from results.record import Record
 from runners.config import Cluster, Config, register
-from runners.executors import Done, Executor, workers
+from runners.executors import Done, Executor, Tell, workers
 from runners.machine import free_gib
 from runners.ray_executor import connected
 from runners.run import CONF
@@ -74,12 +74,12 @@ class _Told:
     def slots(self) -> int:
         return self.executor.slots
 
-    def run(self, jobs: Sequence[Job], done: Done) -> None:
+    def run(self, jobs: Sequence[Job], done: Done, tell: Tell) -> None:
         def both(record: Record, messages: Sequence[str]) -> None:
             done(record, messages)
             self.ended(record)
 
-        self.executor.run(jobs, both)
+        self.executor.run(jobs, both, tell)
 
 
 class _Watched(Session):
