@@ -85,9 +85,9 @@ def ablations(tables: Sequence[RebuiltTable]) -> list[Ablation]:
             counted = [line for line in lines if _counted(line)]
             if len(counted) > 1:
                 panels.append(_panel(score, counted))
-                left_out += [line.row.label for line in lines if line not in counted]
+                left_out.append((score, [line.row.label for line in lines if line not in counted]))
             else:
-                left_out.append(" on ".join(filter(None, (NOUNS[score], dataset))))
+                left_out.append(("", [" on ".join(filter(None, (NOUNS[score], dataset)))]))
         if panels:
             trained = any(point.trained is not None for panel in panels for point in panel.points)
             title = f"{table.title or table.paper}, Table {table.table}: {topic}"
@@ -154,15 +154,20 @@ def _labels(lines: Sequence[RebuiltRow]) -> list[str]:
     return named
 
 
-def _caption(panels: Sequence[Panel], left_out: Sequence[str], trained: bool) -> str:
+def _caption(panels: Sequence[Panel], left_out: Sequence[tuple[str, list[str]]], trained: bool) -> str:
+    """The sentences below a figure. `left_out` are the score of a panel (or none) and what is missing there."""
+
+    def which(score: str) -> str:
+        return f" ({NOUNS[score][0].lower() + NOUNS[score][1:]})" if score and len(panels) > 1 else ""
+
     params = []
     for panel in panels:
         low, high = (f"{end(point.params for point in panel.points):.1f}" for end in (min, max))
-        which = f" ({NOUNS[panel.score][0].lower() + NOUNS[panel.score][1:]})" if len(panels) > 1 else ""
-        params.append(f"{low} million{which}" if low == high else f"{low} to {high} million{which}")
+        params.append((f"{low} million" if low == high else f"{low} to {high} million") + which(panel.score))
     parts = [] if trained else ["None of these networks was trained here."]
     parts.append(f"Parameters: {', '.join(params)}.")
-    parts += [f"Not drawn, because the cost was not counted: {listed(left_out)}."] if left_out else []
+    if missing := [listed(names) + which(score) for score, names in left_out if names]:
+        parts.append(f"Not drawn, because the cost was not counted: {', '.join(missing)}.")
     return " ".join(parts)
 
 

@@ -83,6 +83,8 @@ def place(
         if len(placed) == len(labels):
             break
     annotations = [_annotate(axes, labels[i], points[i], placed[i], size, half, scale) for i in sorted(placed)]
+    for annotation in annotations if lines else ():  # A line that could not be avoided goes behind the text.
+        annotation.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5})
     return annotations, [labels[i].text for i in range(len(labels)) if i not in placed]
 
 

@@ -19,6 +19,8 @@ METRIC = {"classification": "top1", "segmentation": "mIoU"}  # what a task is ra
 BASELINE = {task: f"baseline_{metric}" for task, metric in METRIC.items()}
 INTERVALS = ("latency_ms", "train_step_ms")  # each comes with NAME_low and NAME_high
 STAGE_NOUN = {"cost": "cost", "speed": "speed", "train": "training", "evaluate": "evaluation"}
+# Why a job that is done has no such number, where that is no fault.
+UNMEASURED = {"mIoU_ms": "evaluated at one scale: the recipe lists no several scales"}
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,8 @@ def _cell(name: str, records: Sequence[Record], stage: Cell) -> Cell:
         return stage
     done = [record.metrics for record in records if record.done and name in record.metrics]
     if not done:
-        return Cell(NOT_RUN, reason=f"{name} was not measured by the {STAGE_NOUN[records[0].stage]} job")
+        plain = f"{name} was not measured by the {STAGE_NOUN[records[0].stage]} job"
+        return Cell(NOT_RUN, reason=UNMEASURED.get(name, plain))
     values = [metrics[name] for metrics in done]
     bounds: dict[str, Any] = {}
     if name in INTERVALS and all(f"{name}_low" in m and f"{name}_high" in m for m in done):

@@ -36,7 +36,8 @@ class HRViTConfig:
     """What an HRViT is made of (Table 2). Raises ZooError for impossible values.
 
     Each row of Table 5 sets one of the fields from `key_value_sharing` to `diverse_shortcut` to False, in their order,
-    and its last row ("All block opt.") all seven. Table 7 is `window_size`, Table 8 `third_branch_blocks`.
+    and its last row ("All block opt.") all seven, perhaps beside `linear_conv`. Table 7 is `window_size`, Table 8
+    `third_branch_blocks`. The other networks of Tables 4, 6 and 9 are in baselines/ (cswin.py, mit.py, hrnet.py).
     """
 
     channels: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the branches, strides 4 to 32

@@ -55,3 +55,8 @@ def test_any_size_trains(name, options):
 def test_an_unknown_option_is_told():
     with pytest.raises(zoo.ZooError, match="shifts"):
         zoo.create_model("intrawin_tiny", shifts=False)
+
+
+def test_a_form_of_a_convolution_that_is_not_there_is_told():
+    with pytest.raises(zoo.ZooError, match=r"intrawin_tiny: normed_ffn=False .* needs depthwise_ffn=True$"):
+        zoo.create_model("intrawin_tiny", normed_ffn=False)

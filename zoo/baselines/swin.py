@@ -12,6 +12,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from zoo.backbone import FeatureMaps, pretrained_cfg
+from zoo.errors import ZooError
 from zoo.hrformer import ConvFeedForward
 from zoo.lean import activated_linear, depthwise
 
@@ -88,12 +89,15 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     tiny = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "strict_img_size": False}
+    options = {**tiny, **VARIANTS[variant], **kwargs}
+    if not options.get("normed_ffn", True) and not options.get("depthwise_ffn"):
+        raise ZooError(f"{variant}: normed_ffn=False is a form of the convolution: it needs depthwise_ffn=True")
     return build_model_with_cfg(
         SwinVariant,
         variant,
         pretrained,
         feature_cfg={"feature_cls": FeatureMaps, "out_indices": (0, 1, 2, 3)},
-        **{**tiny, **VARIANTS[variant], **kwargs},
+        **options,
     )
 
 
