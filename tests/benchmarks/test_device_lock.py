@@ -34,6 +34,7 @@ WAITS = "another run times on this device; waiting"
 def _machine(tmp_path, monkeypatch):
     """A temporary folder of this test's own: no other run is waited for."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(device_lock, "SECONDS", 0.1)
 
 
 def time_slowly(output: Path, found: Queue) -> None:
@@ -43,7 +44,7 @@ def time_slowly(output: Path, found: Queue) -> None:
     def watched(*arguments, **settings):
         began = time.monotonic()
         speed = real(*arguments, **settings)
-        time.sleep(1.5)
+        time.sleep(0.5)
         spans.append((began, time.monotonic()))
         return speed
 

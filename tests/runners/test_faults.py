@@ -197,48 +197,50 @@ def test_a_worker_a_node_and_a_driver_are_lost(nodes, tmp_path, request):
     dice = dice_of(request)
     start = light(jobs=4, steps=0)
 
-    def steps() -> int:
-        return sum(len(path.read_text().splitlines()) for path in tmp_path.glob("steps/*.log"))
+    def tries() -> int:
+        logs = [path.read_text().splitlines() for path in tmp_path.glob("steps/*.log")]
+        return sum(len({line.split()[0] for line in log}) for log in logs)
 
     driver = start(tmp_path)
-    for what in dice.sample(["worker", "node", "driver"], 3):
-        before = steps()
-        wait_until(lambda before=before: steps() > before and nodes.workers())
+    for lost, what in enumerate(dice.sample(["worker", "node", "driver"], 3)):
+        # Both nodes at work, and what the last loss cut off goes on.
+        wait_until(lambda lost=lost: tries() >= 2 + lost and len(nodes.workers()) == 2)
         time.sleep(dice.uniform(0, 0.7))
-        print(f"{what} lost after {steps()} steps")
+        print(f"{what} lost in try {tries()}")
         lose(what, nodes, driver, dice)
         if what == "driver":
             driver = start(tmp_path)
     (tmp_path / "end").touch()  # no job ends before: all three find some at work
     assert driver.wait(timeout=300) == 0
     assert {record.key for record in Ledger(tmp_path / "ledger").records()} == {j.key for j in light_jobs.make_jobs(4)}
-    assert check_steps(tmp_path) > 4
+    assert check_steps(tmp_path) >= 4 + 2  # the third loss may come with the end
 
 
 def test_a_job_that_meets_a_full_disk_goes_on_elsewhere_after_a_pause(nodes, tmp_path, monkeypatch):
     """On the other node, since the disk may be a node's own; where both were full, on either."""
+    pauses = (0.3, 0.6)
 
     def meet(job, workplace):
         with open(workplace.output / "starts", "a+") as starts:
             starts.write(f"{ray.get_runtime_context().get_node_id()} {time.time()}\n")
             starts.seek(0)
-            if len(starts.readlines()) < 4:
+            if len(starts.readlines()) < 3:
                 raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
         return make_record(job, "done", None), []
 
     monkeypatch.setattr(ray_executor, "run_job", meet)
-    monkeypatch.setattr(executors, "PAUSE", 0.5)
+    monkeypatch.setattr(executors, "PAUSE", 0.3)
     (job,), done, told = light_jobs.make_jobs(1), [], []
     executor = ray_executor.Ray(Workplace(tmp_path, tmp_path, "test"), {}, config.Cluster.auto, {}, 2)
     executor.run([job], lambda record, messages: done.append(record.status), told.append)
     assert done == ["done"]
     starts = [line.split() for line in (tmp_path / "starts").read_text().splitlines()]
-    assert len(starts) == 4
+    assert len(starts) == 3
     assert starts[0][0] != starts[1][0]
     times = [float(at) for _, at in starts]
-    for pause, (before, after) in zip((0.5, 1, 2), itertools.pairwise(times), strict=True):
+    for pause, (before, after) in zip(pauses, itertools.pairwise(times), strict=True):
         assert after - before >= pause
-    assert [line.rpartition("; ")[2] for line in told] == [f"trying again in {pause} s" for pause in (0.5, 1, 2)]
+    assert [line.rpartition("; ")[2] for line in told] == [f"trying again in {pause} s" for pause in pauses]
 
 
 KILLS = 20
