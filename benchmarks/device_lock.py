@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 SECONDS = 1.0  # between two words of who waits
@@ -23,7 +22,7 @@ def alone_on(device: str, waiting: Callable[[], None]) -> Iterator[str | None]:
         None, or a line that says why there is no lock here: a timing is taken without it.
     """
     path = Path(tempfile.gettempdir()) / f"hires-vit-benchmark-{_name(device)}.lock"
-    lock = FileLock(path, mode=0o666, fallback_to_soft=False)  # for all users; never a mere file that a kill leaves
+    lock = FileLock(path, mode=0o666)  # for all users
     problem = None
     while True:
         try:
@@ -42,6 +41,10 @@ def alone_on(device: str, waiting: Callable[[], None]) -> Iterator[str | None]:
 
 def _name(device: str) -> str:
     """What tells a device from all others of this machine, whatever a process may see of them."""
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+    if not device.startswith("cuda"):
         return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"  # the measurement itself says that there is no GPU
     return f"gpu-{torch.cuda.get_device_properties(device).uuid}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -72,8 +73,9 @@ def main(output: Path, number: int, steps: int) -> int:
     def keep(record, messages):
         done[record.key] = record
 
+    tell = functools.partial(print, flush=True)
     try:
-        ray_executor.Ray(workplace, dict(done), Cluster.auto, {}, 2).run(missing, keep, print)
+        ray_executor.Ray(workplace, dict(done), Cluster.auto, {}, 2).run(missing, keep, tell)
     except OSError as error:
         print(f"error: {error}")
         return 1

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import tempfile
-import time
-from multiprocessing.queues import Queue
 from pathlib import Path
 
 import pytest
 import torch
+from tests_support import ROOT
 
 from benchmarks import device_lock, measure
 from benchmarks.device_lock import alone_on
@@ -34,39 +34,52 @@ WAITS = "another run times on this device; waiting"
 def _machine(tmp_path, monkeypatch):
     """A temporary folder of this test's own: no other run is waited for."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(device_lock, "SECONDS", 0.1)
 
 
-def time_slowly(output: Path, found: Queue) -> None:
-    """Runs the job; tells when it began to load, when it measured, and what it said meanwhile."""
-    real, spans, said = measure.measure_speed, [], []
+# Another run's timing, as far as the lock goes: it says what it does, and ends with its standard input.
+TIMING = """
+import sys, tempfile
+from benchmarks.device_lock import alone_on
+
+tempfile.tempdir = sys.argv[1]
+with alone_on("cpu", lambda: print("waits", flush=True)):
+    print("times", flush=True)
+    sys.stdin.read()
+"""
+
+
+def other_run(folder: Path) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [sys.executable, "-c", TIMING, str(folder)], env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes
+    )
+
+
+def test_two_processes_time_one_after_the_other(tmp_path, monkeypatch):
+    """A job waits while another process times, says so, and keeps others waiting while it times itself."""
+    before, real, said = other_run(tmp_path), measure.measure_speed, []
+    meanwhile: list[subprocess.Popen] = []
+
+    def listen(state: dict) -> None:
+        said.append(state["text"])
+        if state["text"] == WAITS:
+            before.stdin.close()
 
     def watched(*arguments, **settings):
-        began = time.monotonic()
-        speed = real(*arguments, **settings)
-        time.sleep(1.5)
-        spans.append((began, time.monotonic()))
-        return speed
+        assert before.wait(timeout=30) == 0
+        meanwhile.append(other_run(tmp_path))
+        assert meanwhile[0].stdout.readline() == "waits\n"
+        return real(*arguments, **settings)
 
-    measure.measure_speed = watched
-    record, _ = run_job(JOB, Workplace(output, output, "test"), watch=lambda state: said.append(state["text"]))
-    found.put((record.status, spans, said, record.notes))
-
-
-def test_two_runs_with_folders_of_their_own_time_one_after_the_other(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    found = fork.Queue()
-    runs = [fork.Process(target=time_slowly, args=(tmp_path / name, found)) for name in ("one", "other")]
-    for run in runs:
-        run.start()
-    first, second = sorted((found.get(timeout=60) for _ in runs), key=lambda each: each[1])
-    for run in runs:
-        run.join()
-    assert (first[0], second[0]) == ("done", "done")
-    ((_, ended),), ((began, _),) = first[1], second[1]
-    assert ended <= began
-    assert WAITS not in first[2]
-    assert WAITS in second[2]
-    assert not any("without the lock" in note for note in [*first[3], *second[3]])
+    monkeypatch.setattr(measure, "measure_speed", watched)
+    assert before.stdout.readline() == "times\n"
+    record, _ = run_job(JOB, Workplace(tmp_path / "output", tmp_path, "test"), watch=listen)
+    assert record.status == "done", record.reason
+    assert WAITS in said
+    assert not any("without the lock" in note for note in record.notes)
+    printed, _ = meanwhile[0].communicate(timeout=30)
+    assert printed.endswith("times\n")
 
 
 def test_other_users_may_take_the_lock(tmp_path):

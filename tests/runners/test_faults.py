@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,22 +140,25 @@ def done_files(output: Path) -> dict[Path, bytes]:
 Start = Callable[[Path], subprocess.Popen]  # of a run that writes into a folder
 
 
+def started(command: Sequence[str], output: Path) -> subprocess.Popen:
+    """What it prints is beside its output folder."""
+    with open(output.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+
+
 def light(jobs: int, steps: int) -> Start:
     script = [sys.executable, light_jobs.__file__]
-    return lambda output: subprocess.Popen(
-        [*script, str(output), str(jobs), str(steps)], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    return lambda output: started([*script, str(output), str(jobs), str(steps)], output)
 
 
 def trainings(data: Path, *overrides: str) -> Start:
     """The miniature of the demo, as a user starts it."""
 
     def start(output: Path) -> subprocess.Popen:
-        output.mkdir(exist_ok=True)
         line = CommandLine(output.parent)
-        command = line.command(*overrides, *LONG, f"output={output}", f"data_root={data}")
-        with open(output.with_suffix(".log"), "a") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return started(line.command(*overrides, *LONG, f"output={output}", f"data_root={data}"), output)
 
     return start
 
@@ -195,50 +198,52 @@ def check_steps(output: Path) -> int:
 def test_a_worker_a_node_and_a_driver_are_lost(nodes, tmp_path, request):
     """Each once, in any order, at random moments: jobs go on from their last step elsewhere, and none is done twice."""
     dice = dice_of(request)
-    start = light(jobs=4, steps=0)
+    start, output = light(jobs=4, steps=0), tmp_path / "output"
 
-    def steps() -> int:
-        return sum(len(path.read_text().splitlines()) for path in tmp_path.glob("steps/*.log"))
+    def tries() -> int:
+        logs = [path.read_text().splitlines() for path in output.glob("steps/*.log")]
+        return sum(len({line.split()[0] for line in log}) for log in logs)
 
-    driver = start(tmp_path)
-    for what in dice.sample(["worker", "node", "driver"], 3):
-        before = steps()
-        wait_until(lambda before=before: steps() > before and nodes.workers())
+    driver = start(output)
+    for lost, what in enumerate(dice.sample(["worker", "node", "driver"], 3)):
+        # Both nodes at work, and what the last loss cut off goes on.
+        wait_until(lambda lost=lost: tries() >= 2 + lost and len(nodes.workers()) == 2)
         time.sleep(dice.uniform(0, 0.7))
-        print(f"{what} lost after {steps()} steps")
+        print(f"{what} lost in try {tries()}")
         lose(what, nodes, driver, dice)
         if what == "driver":
-            driver = start(tmp_path)
-    (tmp_path / "end").touch()  # no job ends before: all three find some at work
+            driver = start(output)
+    (output / "end").touch()  # no job ends before: all three find some at work
     assert driver.wait(timeout=300) == 0
-    assert {record.key for record in Ledger(tmp_path / "ledger").records()} == {j.key for j in light_jobs.make_jobs(4)}
-    assert check_steps(tmp_path) > 4
+    assert {record.key for record in Ledger(output / "ledger").records()} == {j.key for j in light_jobs.make_jobs(4)}
+    assert check_steps(output) >= 4 + 2  # the third loss may come with the end
 
 
 def test_a_job_that_meets_a_full_disk_goes_on_elsewhere_after_a_pause(nodes, tmp_path, monkeypatch):
     """On the other node, since the disk may be a node's own; where both were full, on either."""
+    pauses = (0.3, 0.6)
 
     def meet(job, workplace):
         with open(workplace.output / "starts", "a+") as starts:
             starts.write(f"{ray.get_runtime_context().get_node_id()} {time.time()}\n")
             starts.seek(0)
-            if len(starts.readlines()) < 4:
+            if len(starts.readlines()) < 3:
                 raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
         return make_record(job, "done", None), []
 
     monkeypatch.setattr(ray_executor, "run_job", meet)
-    monkeypatch.setattr(executors, "PAUSE", 0.5)
+    monkeypatch.setattr(executors, "PAUSE", 0.3)
     (job,), done, told = light_jobs.make_jobs(1), [], []
     executor = ray_executor.Ray(Workplace(tmp_path, tmp_path, "test"), {}, config.Cluster.auto, {}, 2)
     executor.run([job], lambda record, messages: done.append(record.status), told.append)
     assert done == ["done"]
     starts = [line.split() for line in (tmp_path / "starts").read_text().splitlines()]
-    assert len(starts) == 4
+    assert len(starts) == 3
     assert starts[0][0] != starts[1][0]
     times = [float(at) for _, at in starts]
-    for pause, (before, after) in zip((0.5, 1, 2), itertools.pairwise(times), strict=True):
+    for pause, (before, after) in zip(pauses, itertools.pairwise(times), strict=True):
         assert after - before >= pause
-    assert [line.rpartition("; ")[2] for line in told] == [f"trying again in {pause} s" for pause in (0.5, 1, 2)]
+    assert [line.rpartition("; ")[2] for line in told] == [f"trying again in {pause} s" for pause in pauses]
 
 
 KILLS = 20
@@ -340,13 +345,14 @@ def test_twenty_kills(tmp_path, request, what):
     expected = comparable(undisturbed)
     print(f"undisturbed: {len(expected)} jobs, {time.monotonic() - began:.0f} s")
     kills: Counter[str] = Counter()
-    resumed = rounds = 0
+    resumed = refused = rounds = 0
     while not enough(kills, KINDS if INSIDE in os.environ else KINDS - {"disk"}):
         rounds += 1
         output = tmp_path / f"disturbed{rounds}"
         disk = Disk(output, MEGABYTES[what]) if INSIDE in os.environ else None
         ends = disturb(nodes, start, output, disk, dice, kills)
         assert comparable(output) == expected
+        refused += output.with_suffix(".log").read_text().count("trying again")
         if what == "light":
             assert ends.keys() <= {0, WRONG_INPUT, INCOMPLETE}  # no driver broke down
             resumed += check_steps(output) - len(expected)
@@ -354,8 +360,9 @@ def test_twenty_kills(tmp_path, request, what):
             records = Ledger(output / "ledger").records()
             resumed += sum(record.details.get("resumed_from") is not None for record in records)
     counts = f"{kills.total() - kills['disk']} kills {dict(kills)} in {rounds} runs, {time.monotonic() - began:.0f} s"
-    print(f"{counts}; jobs that went on from a checkpoint: {resumed}")
+    print(f"{counts}; jobs that went on from a checkpoint: {resumed}; times that a full disk was told of: {refused}")
     assert resumed
+    assert refused or kills["disk"] < 3  # a short one may meet jobs that write nothing just then
 
 
 def test_a_killed_head_ends_the_run_with_one_line(nodes, tmp_path):
