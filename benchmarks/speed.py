@@ -23,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.cpus import usable_cores
 from benchmarks.errors import Blocked, InputError, unsupported_size
 
 _FEWEST_REPEATS = 5  # kept even where `max_seconds` is over: below, a median says little
@@ -130,7 +131,7 @@ def measure(
     input_size, device = tuple(input_size), torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={device}: this machine has no usable CUDA device; use device=cpu")
-    threads = threads or _usable_cores()
+    threads = threads or usable_cores()
     models = [model] if yardstick is None else [model, yardstick]
     rounds = _Rounds(repeats, warmup, min_seconds, max_seconds)
     with ExitStack() as stack:
@@ -197,10 +198,10 @@ def hardware() -> dict[str, Any]:
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     cpu = _cpu_name()
     return {
-        "name": gpus[0] if gpus else f"{cpu} ({_usable_cores()} cores)",
+        "name": gpus[0] if gpus else f"{cpu} ({usable_cores()} cores)",
         "cpu": cpu,
         "cores": cores,
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpus": gpus,
     }
@@ -421,13 +422,6 @@ def _memory_explained(model: str, input_size: tuple[int, ...], batch_size: int) 
 def _is_out_of_memory(error: Exception) -> bool:
     # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _usable_cores() -> int:
-    """Physical cores that this process may run on."""
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
 
 
 def _cpu_name() -> str:

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from typing import Protocol, TypeVar
 
+from benchmarks.cpus import usable_cpus
 from benchmarks.errors import WorkerLost
 from benchmarks.job import Job
 from results.ledger import Ledger
 from results.record import Record
 from runners.execute import FULL, Workplace, make_record, run_job
-from runners.machine import usable_cpus
 
 RETRIES = 3  # of a job whose worker died, and of one that met a full disk; errors of the job itself are not retried
 PAUSE = 2.0  # seconds, after which a full disk is tried again; doubled each time

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import psutil
 
+from benchmarks.cpus import CGROUP
 from runners.placement import Node
 
-CGROUP = Path("/sys/fs/cgroup")
 DRIVERS = ("nvidiactl", "nvmap", "dxg", "kfd")  # in /dev, of NVIDIA's GPUs, its boards, Windows' Linux, AMD's GPUs
 
 
@@ -28,17 +27,6 @@ def free_gib() -> float:
         except (OSError, ValueError):  # no such file, or no limit ("max")
             continue
     return free / 2**30
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the container's quota."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        cpus = min(cpus, int(quota) // int(period))
-    except (OSError, ValueError):  # no such file, or no quota ("max")
-        pass
-    return max(1, cpus)
 
 
 def this_machine(cpus: int, typed: bool = False) -> Node:

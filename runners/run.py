@@ -1,7 +1,7 @@
 """The command line: `python runners/run.py suite=NAME [stages=[...]] [models=[...]] [output=DIR] ...`.
 
-Exit status: 0 complete, 2 incomplete (some jobs could not run; the same command continues), 1 wrong input. Wrong input
-is one line; `--debug` brings the traceback.
+Exit status: 0 complete, 2 incomplete (some jobs could not run; the same command continues), 1 wrong input, or a place
+that does not work (a full disk, a lost head). Either is one line; `--debug` brings the traceback.
 """
 
 from __future__ import annotations

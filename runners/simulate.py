@@ -19,12 +19,11 @@ from runners.estimate import ASSUMED, count_macs, known_macs, needs
 from runners.placement import Node, Timeline, simulate
 from runners.plan import make_jobs
 from runners.plan_table import duration
+from runners.run import CONF
 
 
 def jobs_of(suites: Sequence[str]) -> list[Job]:
     """The jobs of several suites."""
-    from runners.run import CONF
-
     register()
     jobs: dict[str, Job] = {}
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
@@ -51,11 +50,12 @@ def simulate_jobs(jobs: Sequence[Job], macs: Mapping[str, float], nodes: Sequenc
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the makespan and its lower bound."""
     parser = argparse.ArgumentParser(prog="python -m runners.simulate", description=__doc__.partition("\n")[0])
-    parser.add_argument("suites", nargs="+")
-    parser.add_argument("--nodes", type=int, default=8)
-    parser.add_argument("--gpus", type=int, default=8, help="of each node")
-    parser.add_argument("--cpus", type=int, default=64, help="of each node")
-    parser.add_argument("--processes", type=int, help="of each training, a GPU each; without: as the recipes say")
+    known = sorted(path.stem for path in (CONF / "suite").glob("*.yaml"))
+    parser.add_argument("suites", nargs="+", choices=known, metavar="SUITE", help=", ".join(known))
+    parser.add_argument("--nodes", type=_positive, default=8)
+    parser.add_argument("--gpus", type=_positive, default=8, help="of each node")
+    parser.add_argument("--cpus", type=_positive, default=64, help="of each node")
+    parser.add_argument("--processes", type=_positive, help="of each training, a GPU each; without: as the recipes say")
     settings = parser.parse_args(arguments)
     nodes = [Node(f"node {number}", settings.cpus, settings.gpus) for number in range(settings.nodes)]
     jobs = [in_processes(job, settings.processes) for job in jobs_of(settings.suites)]
@@ -65,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{duration(found.makespan)}; lower bound {duration(found.lower_bound)}; "
         f"{100 * (found.makespan / found.lower_bound - 1):.2f} % above it. {ASSUMED}"
     )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few; name at least 1")
+    return number
 
 
 if __name__ == "__main__":
