@@ -48,7 +48,7 @@ def _run(job: Job, limit_gb: float, checkpointing: bool, sender: Connection) -> 
     try:
         sender.send(_step(job, checkpointing))
     except RuntimeError as error:
-        short = "DefaultCPUAllocator" in str(error) or "allocate" in str(error)
+        short = any(words in str(error) for words in ("DefaultCPUAllocator", "bad_alloc"))
         sender.send(MemoryError(f"more than {limit_gb} GB") if short else error)
     except Exception as error:
         sender.send(error)
