@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from results.ledger import Ledger
 from runners.config import Config, register
 from runners.run import CONF
 
@@ -84,3 +85,19 @@ def configuration(*overrides: str) -> Config:
     register()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         return OmegaConf.to_object(compose("config", list(overrides)))
+
+
+def comparable(output: Path, but: Collection[str] = ()) -> dict[str, dict]:
+    """All that finished records say but provenance, times, and the details `but`."""
+    ledger = Ledger(output / "ledger")
+    found = {}
+    for record in ledger.records():
+        assert record.done, record.reason
+        plain = record.to_dict() | {"provenance": None}
+        plain["artifacts"] = {k: v for k, v in record.artifacts.items() if k != "curves"}  # called after the time
+        plain["details"] = {k: v for k, v in record.details.items() if k not in (*but, "foreign_load")}
+        if record.stage == "speed":
+            plain |= {"metrics": sorted(record.metrics), "samples": sorted(record.samples), "notes": None}
+        found[record.key] = plain
+    assert not ledger.reports
+    return found

@@ -21,7 +21,7 @@ from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
 )
 from ray.cluster_utils import Cluster as RayCluster
-from tests_support import CommandLine
+from tests_support import CommandLine, comparable
 
 from results.ledger import Ledger
 from results.record import Record
@@ -50,20 +50,6 @@ def records(output: Path) -> dict[str, Record]:
 def scores(output: Path) -> dict[str, dict[str, float]]:
     """What does not depend on the machine's speed, by job."""
     return {key: record.metrics for key, record in records(output).items() if record.stage != "speed"}
-
-
-def comparable(output: Path) -> dict[str, dict]:
-    """All that records say but provenance and times."""
-    found = {}
-    for record in records(output).values():
-        plain = record.to_dict() | {"provenance": None}
-        if "curves" in record.artifacts:
-            plain["artifacts"] = record.artifacts | {"curves": None}  # a folder that is called after the time
-        if record.stage == "speed":
-            plain |= {"metrics": sorted(record.metrics), "samples": sorted(record.samples), "notes": None}
-            plain["details"] = {name: value for name, value in record.details.items() if name != "foreign_load"}
-        found[record.key] = plain
-    return found
 
 
 def weights(output: Path) -> dict[str, str]:
