@@ -46,20 +46,15 @@ PLANNED = 40  # jobs of the planned suite, of each seed
 
 def configuration(jobs: int, folder: Path) -> Config:
     """A suite of so many trainings of a step, each with a seed of its own."""
-    there = "suite.benchmarks.classification"
     recipe = {"iterations": 1, "warmup_iterations": 0, "batch_size": 2, "checkpoint_every": 1000, "threads": 1}
+    settings = ["suite=demo", "models=[test_mit]", "stages=[train]", f"seeds=[{','.join(map(str, range(jobs)))}]"]
+    settings += [f"output={folder / 'run'}", f"data_root={folder / 'data'}"]
+    settings += [f"suite.benchmarks.classification.recipe.{name}={value}" for name, value in recipe.items()]
+    settings.append("suite.benchmarks.classification.input_size=[32,32]")
+    settings.append("+suite.benchmarks.classification.data_options={train:10,validation:10}")
+    settings.append("suite.benchmarks.segmentation.stages=[cost]")
     register()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        settings = [
-            *("suite=demo", "models=[test_mit]", "stages=[train]", f"seeds=[{','.join(map(str, range(jobs)))}]"),
-            *(f"{there}.recipe.{name}={value}" for name, value in recipe.items()),
-            *(f"{there}.input_size=[32,32]", f"+{there}.data_options={{train:10,validation:10}}"),
-            *(
-                "suite.benchmarks.segmentation.stages=[cost]",
-                f"output={folder / 'run'}",
-                f"data_root={folder / 'data'}",
-            ),
-        ]
         return OmegaConf.to_object(compose("config", settings))
 
 
