@@ -240,8 +240,12 @@ def build(
 ) -> nn.Module:
     """Build a registered variant through timm's builder: config fields are replaced, timm's own arguments passed on.
 
+    A config may have a method `idle`, which yields the fields that change nothing beside the others (see
+    `refuse_idle`); a model class `first_conv`, which gives the name of a config's first convolution to timm.
+
     Raises:
-        ZooError: a keyword is neither a field of the family's config nor one of timm's arguments.
+        ZooError: a keyword is neither a field of the family's config nor one of timm's arguments, or a field's value
+            makes no network or changes nothing.
     """
     fields = [field.name for field in dataclasses.fields(config)]
     for name in kwargs:
@@ -249,15 +253,19 @@ def build(
             known = [*fields, *sorted(model_args)]
             raise ZooError(f"{variant}: unknown option '{name}'{near_matches(name, known)}; known: {', '.join(known)}")
     try:
-        config = dataclasses.replace(config, **{name: kwargs.pop(name) for name in fields if name in kwargs})
+        chosen = dataclasses.replace(config, **{name: kwargs.pop(name) for name in fields if name in kwargs})
+        refuse_idle(chosen, config)
     except ZooError as error:
         raise ZooError(f"{variant}: {error}") from None
     if pretrained and not (kwargs.get("pretrained_cfg_overlay") or isinstance(kwargs.get("pretrained_cfg"), dict)):
         # mmsegmentation's TIMMBackbone asks for pretrained weights unless told otherwise.
         _logger.warning("%s: no pretrained weights are hosted; built with random weights.", variant)
         pretrained = False
+    if first_conv := getattr(model_cls, "first_conv", None):
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        kwargs["pretrained_cfg_overlay"] = {"first_conv": first_conv(chosen), **overlay}
     if kwargs.get("features_only"):
-        kwargs.setdefault("out_indices", tuple(range(model_cls.num_maps(config))))
+        kwargs.setdefault("out_indices", tuple(range(model_cls.num_maps(chosen))))
     elif kwargs.get("out_indices") is not None:
         raise ZooError(f"{variant}: out_indices needs features_only=True")
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
@@ -266,12 +274,33 @@ def build(
             model_cls,
             variant,
             pretrained,
-            model_cfg=config,
+            model_cfg=chosen,
             feature_cfg={"feature_cls": FeatureMaps},
             pretrained_filter_fn=lambda state, model: model.from_published(state),
             **kwargs,
         )
     return model if dtype is None else model.to(dtype)
+
+
+def refuse_idle(chosen: Any, variant: Any) -> None:
+    """Refuse fields of the config `chosen` that differ from those of the registered `variant` and change nothing.
+
+    ``chosen.idle()`` yields such fields: the name, the position of the number if only one of several is meant (else
+    None), and why. A field of another length than the variant's had to be given, and is accepted.
+
+    Raises:
+        ZooError: naming the field and the value that it has to keep.
+    """
+    for name, position, why in chosen.idle() if hasattr(chosen, "idle") else ():
+        value, kept = getattr(chosen, name), getattr(variant, name)
+        if position is None:
+            changed = value != kept
+        else:
+            changed = len(value) == len(kept) and value[position] != kept[position]
+        if changed:
+            place = "" if position is None else f" at position {position + 1}"
+            wanted = kept if position is None else kept[position]
+            raise ZooError(f"{name}={value!r} changes nothing{place}, where {why}: leave it at {wanted!r}")
 
 
 def check_size(img_size: Any) -> tuple[int, int]:

@@ -137,4 +137,5 @@ def conv_down(dim: int, out: int, ratio: int, stride: int, shortcut_kernel: int,
 
 
 STEMS = {"hr": HRStem, "conv": conv_stem, "vit": vit_stem}
+FIRST_CONVS = {"hr": "trunk.0", "conv": "0.0", "vit": "0"}  # inside each stem
 DOWNSAMPLING = {"irds_a": IRDSa, "irds_b": IRDSb, "conv": conv_down}

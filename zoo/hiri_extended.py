@@ -7,7 +7,7 @@ stem, HR blocks, a norm and an IRDS come in its place, and its old stages run on
 ViT-S.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from zoo.backbone import MODEL_ARGS, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
+from zoo.hiri_blocks import HRBlock
 from zoo.hiri_downsampling import HRStem, IRDSa
-from zoo.hiri_vit import HRBlock, init_weights
+from zoo.hiri_vit import init_weights
 from zoo.norm import BatchNorm2d
 
 
@@ -42,6 +43,11 @@ class FrontConfig:
                 raise ZooError(f"{name}={getattr(self, name)} must be positive")
         if self.depth < 0:
             raise ZooError(f"depth={self.depth} must be 0 or more")
+
+    def idle(self) -> Iterator[tuple[str, int | None, str]]:
+        """Fields that change nothing beside the others; see `zoo.backbone.refuse_idle`."""
+        if not self.depth:
+            yield "mlp_ratio", None, "depth=0 leaves no HR blocks"
 
 
 class Front(nn.Sequential):

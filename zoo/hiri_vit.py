@@ -8,8 +8,9 @@ Five stages at strides 4 to 64. The first two and the stem split their convoluti
 resolution, and one that first halves the resolution and then does the work. Maps lie in memory as NHWC throughout
 (channels_last), so that convolutions, per-position linear layers, attention and norms take them as they are.
 
-The paper's ablations are fields. Table 7 starts from a network of four stages, `m_vit`, which is its row 6; row 7 is
-the same at 448 pixels. What rows 5 to 1 lack, each beside what the row above it lacks:
+The paper's ablations are fields. Table 7 starts from row 1, a plain network of four stages, and ends in the five of
+HIRI-ViT-S. `m_vit` is row 6, the last of four stages that sees 224 pixels; row 7 is the same at 448. What rows 5 to 1
+lack, each beside what the row above it lacks:
 
 - (5) ``downsampling=("conv", "conv", "conv")``
 - (4) ``stem="vit"``
@@ -26,13 +27,12 @@ Table 8, likewise: `blocks`, with ``depths=(2, 2, 2, 11, 4), num_heads=(8,)`` fo
 not given), and ``mlp_ratios=(4, 4, 4, 5, 5), num_heads=(2, 5, 8)`` for HR-HR-T-T-T. Table 9: `zoo.hiri_extended`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import Attention as ReducedAttention
 from torch import Tensor, nn
@@ -40,10 +40,9 @@ from torch import Tensor, nn
 from zoo.attention import Attention
 from zoo.backbone import Backbone, build, check_fields, check_size, pretrained_cfg
 from zoo.errors import ZooError
-from zoo.hiri_downsampling import DOWNSAMPLING, NORMS, STEMS, PositionEmbedding, channel_norm, conv
-from zoo.lean import activated_linear
-from zoo.norm import BatchNorm2d
-from zoo.recompute import checkpoint_block, recompute
+from zoo.hiri_blocks import CFFN, FFN, HRBlock, drop_path_or_identity
+from zoo.hiri_downsampling import DOWNSAMPLING, FIRST_CONVS, NORMS, STEMS, PositionEmbedding, channel_norm
+from zoo.recompute import checkpoint_block
 
 POSITIONS = "stem.2.table"  # where the position embedding is
 KINDS = {  # of the fields that name a part
@@ -128,59 +127,17 @@ class HiriViTConfig:
         if any(self.reductions[index] > 1 for index in range(stages) if index not in self.transformers):
             raise ZooError(f"reductions={self.reductions} must be 1 where blocks={self.blocks} have no attention")
 
-
-def drop_path_or_identity(rate: float) -> nn.Module:
-    return DropPath(rate) if rate > 0 else nn.Identity()
-
-
-class HRBlock(nn.Module):
-    """High resolution block (section 4.2, Figure 4), residual (habit); its only norm is that of the low branch."""
-
-    def __init__(self, dim: int, mlp_ratio: int, drop_path: float):
-        super().__init__()
-        self.high = conv(dim, dim, 3, groups=dim)
-        self.down = conv(dim, dim, 3, stride=2, groups=dim, bias=False)
-        self.norm = BatchNorm2d(dim)
-        self.fc1 = nn.Linear(dim, mlp_ratio * dim)
-        self.fc2 = nn.Linear(mlp_ratio * dim, dim)
-        self.drop_path = drop_path_or_identity(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = self.norm(self.down(x)).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, ceil(H / 2), ceil(W / 2), C)
-        low = activated_linear("gelu", self.fc2.weight, self.fc2.bias, self.fc1(low)).permute(0, 3, 1, 2)
-        low = F.interpolate(low, scale_factor=2.0, mode="nearest")[..., : x.shape[2], : x.shape[3]]
-        return x + self.drop_path(self.high(x) + low)
-
-
-class CFFN(nn.Module):
-    """Convolutional feed-forward network, equation 3; autograd keeps the hidden features once, before the GELU."""
-
-    def __init__(self, dim: int, mlp_ratio: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, mlp_ratio * dim)
-        self.dwconv = conv(mlp_ratio * dim, mlp_ratio * dim, 3, groups=mlp_ratio * dim)
-        self.fc2 = nn.Linear(mlp_ratio * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x.permute(0, 2, 3, 1))  # (B, C, H, W) -> (B, H, W, E * C)
-        return recompute(self._second_half, hidden).permute(0, 3, 1, 2)
-
-    def _second_half(self, hidden: Tensor) -> Tensor:
-        z = F.gelu(hidden)
-        return self.fc2(self.dwconv(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + z)
-
-
-class FFN(nn.Module):
-    """The same without its convolution: that of a plain transformer block."""
-
-    def __init__(self, dim: int, mlp_ratio: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, mlp_ratio * dim)
-        self.fc2 = nn.Linear(mlp_ratio * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x.permute(0, 2, 3, 1))
-        return activated_linear("gelu", self.fc2.weight, self.fc2.bias, hidden).permute(0, 3, 1, 2)
+    def idle(self) -> Iterator[tuple[str, int | None, str]]:
+        """Fields that change nothing beside the others; see `zoo.backbone.refuse_idle`."""
+        if self.stem == "vit":
+            yield "stem_width", None, "stem='vit' has no channels inside"
+        for index, kind in enumerate(self.downsampling):
+            if kind == "conv":
+                for name in ("down_ratios", "shortcut_kernels"):
+                    yield name, index, f"downsampling={self.downsampling} has a single convolution"
+        if set(self.blocks) == {"hr"}:
+            for name in ("ffn_norm", "ffn_convolution"):
+                yield name, None, f"blocks={self.blocks} have no such network"
 
 
 class CFFNBlock(nn.Module):
@@ -304,6 +261,11 @@ class HiriViT(Backbone):
     def num_maps(cfg: HiriViTConfig) -> int:
         return len(cfg.channels)
 
+    @staticmethod
+    def first_conv(cfg: HiriViTConfig) -> str:
+        """The name of the convolution that sees the images."""
+        return f"stem.{FIRST_CONVS[cfg.stem]}"
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over the map, then the two-layer head: (B, C_5, h, w) -> (B, num_classes)."""
         if self.global_pool:
@@ -422,7 +384,7 @@ VARIANTS |= {
 default_cfgs = generate_default_cfgs(
     {
         name: pretrained_cfg(
-            first_conv="stem.0.0" if cfg.stem == "conv" else "stem.trunk.0",
+            first_conv=HiriViT.first_conv(cfg),
             classifier="head.fc2",
             input_size=(3, cfg.img_size, cfg.img_size),
             crop_pct=0.96,  # habit
@@ -474,7 +436,7 @@ def hiri_vit_large_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def m_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """M-ViT, four stages at 224 pixels, from which the paper's ablation starts: 34.5 M, 4.7 GMACs (Table 7, row 6)."""
+    """M-ViT, four stages at 224 pixels, as row 6 of Table 7 has it: 34.5 M, 4.7 GMACs (its base, row 1: 35.0, 4.4)."""
     return _create("m_vit", pretrained, **kwargs)
 
 

@@ -91,9 +91,7 @@ class HiViTConfig:
                 f"low_attention={self.low_attention} must be False"
             )
         if self.shallow_mlp_ratio != HiViTConfig.shallow_mlp_ratio and (self.low_attention or not sum(self.depths[:2])):
-            raise ZooError(
-                f"shallow_mlp_ratio={self.shallow_mlp_ratio}: there are no MLP units in the first two stages"
-            )
+            raise ZooError(f"shallow_mlp_ratio={self.shallow_mlp_ratio}: the first two stages have no MLP units")
         if self.last_depth < 0:
             raise ZooError(f"last_depth={self.last_depth} must be 0 (no fourth stage) or more")
         if not self.low_attention:
@@ -102,9 +100,9 @@ class HiViTConfig:
         elif self.published_taps or not self.relative_position_bias:
             raise ZooError("low_attention=True needs relative_position_bias=True and published_taps=False")
         elif self.num_heads % 4:
-            raise ZooError(
-                f"low_attention=True: num_heads={self.num_heads} must be a multiple of 4, a quarter at first"
-            )
+            raise ZooError(f"low_attention=True: num_heads={self.num_heads} (third stage's) must be a multiple of 4")
+        elif not (any(self.depths[:2]) or self.mid_attention or self.last_depth):
+            raise ZooError(f"low_attention=True needs blocks in the first two stages, not depths={self.depths}")
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:

@@ -4,7 +4,8 @@ Chosen by `HiViTConfig.low_attention`. The blocks are timm's Swin blocks (Liu et
 the third stage attends globally. Windows join neighbouring patches, so that tokens are a map (B, H, W, C) here.
 
 What the paper leaves open is set as its parameters and FLOPs need or, where these cannot tell, as in Swin: windows of
-7, shifted by 3 in every second block; heads double from stage to stage, `num_heads` being those of the third.
+7, shifted by 3 in every second block; heads double from stage to stage, `num_heads` being those of the third. Row (c')
+has 2, 4 and 8, of 64 channels each as in HiViT-B, row (d) 4, 8, 16 and 32, of 32 channels each as in Swin-B.
 """
 
 from collections.abc import Callable, Sequence

@@ -32,7 +32,9 @@ RELATIVE_TABLE = "relative_position_bias_table"
 class HRFormerConfig:
     """What an HRFormer is made of; the names of Tables 1 and 2 spelled out. Raises ZooError for impossible values.
 
-    Table 7 has rows without `depthwise_ffn`, Table 9 without it and with `shifted_windows`; Table 12 is `window_size`.
+    The ablations are fields: of `hrformer_tiny`, row 1 of Table 7 is ``depthwise_ffn=False``, row 2 of Table 9 that and
+    ``shifted_windows=True`` (the other row of each is the default); of `hrformer_base`, the rows of Table 12 are
+    ``window_size`` 7 (the default), 9, 11, 13, 15, ``(15, 13, 11, 9)``, ``(21, 17, 13, 9)`` and ``(17, 15, 13, 11)``.
     The networks of Table 8 are in baselines/swin.py, HRNet-T, S and B of Table 11 in baselines/hrnet.py.
     """
 

@@ -9,7 +9,7 @@ all, and a branch may be born.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,10 @@ class HRViTConfig:
     """What an HRViT is made of (Table 2). Raises ZooError for impossible values.
 
     Each row of Table 5 sets one of the fields from `key_value_sharing` to `diverse_shortcut` to False, in their order,
-    and its last row ("All block opt.") all seven, perhaps beside `linear_conv`. Table 7 is `window_size`, Table 8
-    `third_branch_blocks`. The other networks of Tables 4, 6 and 9 are in baselines/ (cswin.py, mit.py, hrnet.py).
+    and its last row ("All block opt.") all seven, perhaps beside `linear_conv`. Table 7 is `hrvit_b3` with
+    ``window_size=(1, 2, s, s)``, s = 7 (the default), 9 (b3's row in Table 4), 11, 13 and 15. Table 8 is `hrvit_b1`
+    with `third_branch_blocks` of ``(6, 6, 6, 2)`` (the default), ``(8, 8, 2, 2)``, ``(9, 9, 1, 1)`` and ``(17, 1, 1,
+    1)``. The other networks of Tables 4, 6 and 9 are in baselines/ (cswin.py, mit.py, hrnet.py).
     """
 
     channels: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the branches, strides 4 to 32
@@ -54,7 +56,9 @@ class HRViTConfig:
     attention_nonlinearity: bool = True  # Hardswish before attention's projection and BatchNorm after it
     dense_fusion: bool = True  # every branch is added to every other; else to its neighbours alone
     diverse_shortcut: bool = True  # the shortcut beside the attention
-    linear_conv: bool = False  # of the values, without a Hardswish, where `parallel_conv` is False: as in CSWin
+    # A convolution of the values without a Hardswish, where `parallel_conv` is False: CSWin's, but over the whole map.
+    # CSWin's sees zeros around each stripe: another function at the same cost.
+    linear_conv: bool = False
     # Of the third branch, one number per module that has it, in place of those in `num_blocks` and `last_blocks`.
     third_branch_blocks: tuple[int, ...] = ()
     drop_path_rate: float = 0.1  # stochastic depth of the last block; grows linearly from 0
@@ -90,6 +94,12 @@ class HRViTConfig:
                 raise ZooError(f"head_dim={self.head_dim} leaves unequal heads in half of {dim} channels")
         if not 0 <= self.drop_path_rate < 1:
             raise ZooError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
+
+    def idle(self) -> Iterator[tuple[str, int | None, str]]:
+        """Fields that change nothing beside the others; see `zoo.backbone.refuse_idle`."""
+        if self.third_branch_blocks:
+            for name in ("num_blocks", "last_blocks"):
+                yield name, 2, f"third_branch_blocks={self.third_branch_blocks} takes its place"
 
 
 def num_heads(dim: int, head_dim: int) -> int:

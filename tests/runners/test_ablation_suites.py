@@ -44,6 +44,7 @@ def narrowed(model: str, config: dict) -> dict:
         fields["num_heads"] = [1, 2, 4, 4] if "reductions" in config else [4] * len(config.get("num_heads", [4, 4]))
     if "third_branch_blocks" in config:
         fields["third_branch_blocks"] = [min(blocks, 3) for blocks in config["third_branch_blocks"]]
+        del fields["num_blocks"], fields["last_blocks"]  # of the third branch they would change nothing
     return fields
 
 

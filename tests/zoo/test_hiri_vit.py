@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -320,6 +321,22 @@ def test_own_checkpoints_load(tmp_path):
     assert {key.removeprefix("module.") for key in report.unexpected} == {f"head.{key}" for key in left}
     torch.testing.assert_close(dense(x)[-1], model.forward_features(x))
     assert zoo.published_keys(model) == {key: key for key in model.state_dict()}
+
+
+@pytest.mark.parametrize("stem", ["hr", "conv", "vit"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_pretrained_weights_are_fitted_to_images_of_one_channel(stem, dense, tmp_path):
+    """timm sums the kernels of the convolution that `first_conv` names, which is another in each stem."""
+    model = zoo.create_model("test_hiri_vit", stem=stem)
+    state = {key: value for key, value in model.state_dict().items() if not dense or not key.startswith("head.")}
+    torch.save(state, tmp_path / "weights.pth")
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
+    grey = timm.create_model("test_hiri_vit", stem=stem, in_chans=1, features_only=dense, **options)
+    first = grey.default_cfg["first_conv"]
+    kernel = (grey.model if dense else grey).get_submodule(first).weight
+    torch.testing.assert_close(kernel, state[f"{first}.weight"].sum(1, keepdim=True))
+    with torch.device("meta"):  # the variant's own stem is another
+        assert zoo.create_model("m_vit", stem=stem).default_cfg["first_conv"] == first
 
 
 @pytest.mark.parametrize(

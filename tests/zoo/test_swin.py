@@ -10,6 +10,7 @@ from benchmarks.cost import count
 SMALL = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "num_classes": 3}
 
 ROWS = [
+    ("swin_tiny_patch4_window7_224", {}, 28_288_354, 4_490_566_656),  # timm's own: Swin-T
     ("intrawin_tiny", {}, 28_288_354, 4_490_566_656),
     ("swin_tiny_dw", {}, 28_544_482, 4_542_047_232),
     ("intrawin_tiny_dw", {}, 28_544_482, 4_542_047_232),
@@ -55,6 +56,12 @@ def test_any_size_trains(name, options):
 def test_an_unknown_option_is_told():
     with pytest.raises(zoo.ZooError, match="shifts"):
         zoo.create_model("intrawin_tiny", shifts=False)
+
+
+@pytest.mark.parametrize("field", ["shifted", "depthwise_ffn", "normed_ffn"])
+def test_a_switch_that_is_none_is_told(field):
+    with pytest.raises(zoo.ZooError, match=f"^swin_tiny_dw: {field}='no' must be True or False$"):
+        zoo.create_model("swin_tiny_dw", **{field: "no"})
 
 
 def test_a_form_of_a_convolution_that_is_not_there_is_told():

@@ -35,7 +35,9 @@ class HRNetConfig:
     channels: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the branches, strides 4 to 32
     num_modules: tuple[int, int, int, int] = (1, 1, 4, 3)  # per stage; a stage has one branch more than the last
     num_blocks: tuple[int, int, int, int] = (4, 4, 4, 4)  # per branch of a module, by stage
-    drop_path_rate: float = 0.0  # stochastic depth of the last transformer block; grows linearly from 0 after stage 1
+    # Stochastic depth of the last transformer block; grows linearly from 0 after stage 1. Residual blocks have none:
+    # without transformer blocks it is accepted, as recipes set it for all models, and changes nothing.
+    drop_path_rate: float = 0.0
     head_widths: tuple[int, int, int, int] = (32, 64, 128, 256)  # of the classifier's bottlenecks, which give 4 times
     head_features: int = 2048  # channels before the classifier's pooling
     img_size: int | tuple[int, int] | None = None  # accepted for uniformity: no parameter depends on it

@@ -2,6 +2,9 @@
 
 Paper: https://arxiv.org/abs/2105.15203 (Table 6 of its appendix). mmsegmentation is imported when a MiT is built, not
 with the zoo. Its module reads values while it is built, so it is built on the CPU and then moved.
+
+HRViT's Table 4 compares B0 to B4, Table 9 B0 to B3, all with SegFormer's head. As printed, that of B2 to B4 has 768
+channels (mmsegmentation's configurations give them 256, as B0 and B1 have).
 """
 
 from collections.abc import Sequence
