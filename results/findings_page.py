@@ -98,8 +98,8 @@ def told(found: Findings) -> list[str]:
     more = f" (and {costs.explained - known} more, known without a count)" if costs.explained > known else ""
     fitted = f" ({costs.fitted} of them by networks that were fitted to these very numbers)" if costs.fitted else ""
     lines = [
-        f"Of the {costs.reported} parameters and FLOPs that the papers print, {costs.measured} were counted here for"
-        f" the same network, or what comes nearest to its description, head, classes and size. As printed:"
+        f"Of the {costs.reported} parameters and FLOPs that the papers print, {costs.measured} were counted here with"
+        " the same head, classes and size, for the same network or what comes nearest to its description. As printed:"
         f" {costs.reproduced}{fitted}. Different for a known reason: {known}{more}. Different, and nobody knows why:"
         f" {costs.differing}."
     ]

@@ -108,6 +108,7 @@ def to_csv(table: RebuiltTable) -> str:
 def display(table: RebuiltTable) -> Display:
     """A rebuilt table for people: what was printed, what was counted or run here, the difference, and a verdict."""
     columns = [c for c in (*COSTS, *SCORES) if any(c in line.cells or c in line.unprinted for line in table.rows)]
+    unprinted = [c for c in COSTS if c in columns and not any(c in line.cells for line in table.rows)]
     headings = ["Row", "Model", "Data", "Size", "Setting"]
     described = len(headings)
     for column in columns:
@@ -135,6 +136,8 @@ def display(table: RebuiltTable) -> Display:
         for column in columns:
             cell = line.cells.get(column) or line.unprinted.get(column)
             texts += _cells(column, cell, line.row.derived, mark)
+            if column in unprinted:
+                texts[-1] = ("", None, True)  # the caption says it
         texts += [(line.row.cells.get(column, ""), line.row.number(column), True) for column in extra]
         cells.append([text for text, _, _ in texts])
         values.append([value for _, value, _ in texts])
@@ -153,8 +156,8 @@ def display(table: RebuiltTable) -> Display:
     cells, values, measured = narrowed(cells), narrowed(values), narrowed(measured)
     headings, numeric = narrowed([headings, numeric])
     told = "as reported" + (", and as counted and run here" if table.measured else "; nothing was measured here")
-    unprinted = [TITLES[c] for c in COSTS if c in columns and not any(c in line.cells for line in table.rows)]
-    told += f"; {' and '.join(unprinted)} counted here, the paper prints none" if unprinted else ""
+    titles = " and ".join("parameters" if c == "params_m" else TITLES[c] for c in unprinted)
+    told += f"; its {titles} are counted here alone, the paper prints none" if unprinted else ""
     told += f"; a copy of Table {table.repeats}, left out of totals" if table.repeats else ""
     told += "; how the paper counts FLOPs: see the conventions" if any("paper's way" in h for h in headings) else ""
     return Display(

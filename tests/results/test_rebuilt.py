@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from results import display, findings, paper_tables, papers, report
+from results import display, findings, findings_page, paper_tables, papers, report
 from results.ledger import Ledger
 from results.rebuilt import CUT, FITTED, REPRODUCED, rebuild, reproduced, summarize
 
@@ -181,6 +181,8 @@ def test_a_fitted_network_comes_out_as_fitted(mine, counted):
     assert [table.rows[0].cells[column].verdict for column in ("params_m", "gflops")] == [FITTED, "misprint"]
     summary = summarize([table])["params_m"]
     assert (summary.reproduced, summary.fitted) == (1, 1)
+    (line, *_) = findings_page.told(findings.find([table], mine))
+    assert "As printed: 1 (1 of them by networks that were fitted to these very numbers)." in line
     fitted = {row.model for row in papers.load().rows if "fitted" in row.other}
     assert {"m_vit", "hiri_vit_small", "pvt_v2_b2_hiri"} <= fitted
     assert not any(name.startswith(("hrvit", "hrformer", "hivit")) for name in fitted)
@@ -196,7 +198,8 @@ def test_costs_that_a_paper_does_not_print_are_shown_as_counted(counted):
     assert table.measured
     assert summarize([table])["params_m"].reported == 0
     view = paper_tables.display(table)
-    assert "Params and FLOPs counted here, the paper prints none" in view.caption
+    assert "its parameters and FLOPs are counted here alone, the paper prints none" in view.caption
+    assert "Verdict" not in view.headings
     assert not any(heading.startswith(("Params reported", "FLOPs reported")) for heading in view.headings)
     at = [view.headings.index(name) for name in ("Params counted (M)", "MACs counted, common (G)")]
     assert [[row[n] for n in at] for row in view.cells[:4]] == [["8.150", "15.015"], ["", ""]] * 2
