@@ -8,6 +8,7 @@ saw.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from benchmarks.cost import Cost
 from benchmarks.trace import Trace
 from zoo.backbone import Backbone
 from zoo.baselines.hrnet import ReducedAttention
+from zoo.baselines.mit import MiT
 from zoo.hrformer import ConvFeedForward, HRFormer, WindowAttention
 from zoo.hrvit import CrossAttention
 
@@ -52,6 +54,10 @@ def hrvit(model: nn.Module, cost: Cost) -> int:
                         total += calls * channels // 2 * ((module.width * along) ** 2 - (rest * along) ** 2)
         elif isinstance(module, ReducedAttention):  # SegFormer's own formula has both products
             total += trace.at(path, *PRODUCT).macs // 2
+        elif isinstance(module, MiT):  # quoted from SegFormer, whose counter sees no LayerNorm either
+            encoder = f"{path}.backbone".lstrip(".")
+            total += trace.sum(*PRODUCT, under=encoder).macs // 2 - 2 * trace.sum(*LAYER_NORM, under=encoder).elements
+            total -= trace.sum(*MEAN, under=encoder).inputs  # of attention maps over heads, for nobody's use
     return total
 
 
@@ -59,7 +65,12 @@ def hrformer(model: nn.Module, cost: Cost) -> int:
     """HRFormer, Tables 5 to 9, 11 and 12 (ImageNet, OCR). `cost` is the count of `model`."""
     trace = cost.trace
     elementwise = 4 * trace.sum(*BATCH_NORM).elements + trace.sum(*ADD, *RELU).elements
-    elementwise += trace.sum(*MULTIPLY, under=HEAD).elements + 5 * trace.sum(*SOFTMAX, under=HEAD).elements
+    own = next((module for module in model.modules() if isinstance(module, HRFormer)), None)
+    dense = own is not None and own.neck is None
+    if own is not None:
+        elementwise += trace.sum(*MULTIPLY, under=HEAD).elements + 5 * trace.sum(*SOFTMAX, under=HEAD).elements
+    else:
+        elementwise += _on_tokens(model, trace)
     for path, module in model.named_modules():
         if isinstance(module, WindowAttention):
             # Published: on the attention maps the bias, the softmax and a dropout; on the tokens the scaling of the
@@ -67,12 +78,28 @@ def hrformer(model: nn.Module, cost: Cost) -> int:
             maps = trace.at(path, *SOFTMAX).elements
             tokens = trace.at(f"{path}.attn.proj", *LINEAR).elements
             elementwise += (1 + 5 + 1) * maps + (1 + 4) * tokens - trace.at(path, *ADD).elements
-        elif isinstance(module, HRFormer) and module.neck is not None:
+        elif isinstance(module, ConvFeedForward) and not dense:
             # The published classifier, unlike the dense network, has two dropouts in each feed-forward network.
-            for inner, layer in module.named_modules(prefix=path):
-                if isinstance(layer, ConvFeedForward):
-                    elementwise += sum(trace.at(f"{inner}.{name}", *CONVOLUTION).elements for name in ("fc1", "fc2"))
+            elementwise += sum(trace.at(f"{path}.{name}", *CONVOLUTION).elements for name in ("fc1", "fc2"))
     return cost.macs + elementwise
+
+
+def _on_tokens(model: nn.Module, trace: Trace) -> int:
+    """What HRFormer's counter sees element by element in another paper's transformer, besides norms and additions."""
+    attention = {path for path, operator in trace.operators if operator in PRODUCT}
+    maps = trace.sum(*SOFTMAX).elements
+    # Queries, a first argument as the maps are, are scaled once; the operator that fuses attention scales keys as well.
+    queries = trace.sum(*PRODUCT).inputs - maps
+    scaled = sum(trace.at(path, *MULTIPLY).elements for path in attention)
+    total = trace.sum(*MULTIPLY).elements - scaled + queries + (5 + 1) * maps  # a softmax and a dropout
+    total += trace.sum(*LINEAR).biased  # of more than two dimensions: additions of their own
+    for path, module in model.named_modules():
+        called = trace.inputs.get(path, {}).items()
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            total -= sum(calls * shape[0] * module.out_features for shape, calls in called if len(shape) == 2)
+        elif isinstance(module, nn.Dropout) and not path.endswith("attn_drop"):  # that of the maps
+            total += sum(calls * prod(shape) for shape, calls in called)
+    return total
 
 
 def hrformer_pose(model: nn.Module, cost: Cost) -> int:
@@ -120,16 +147,17 @@ _HOOKED_TEXT = (
 HRVIT = Convention(
     "hrvit",
     f"HRViT, Tables 3 to 7, 9 and S9: {_HOOKED_TEXT} and bilinear resizing; of the two attention products only one, "
-    "over stripes padded to their full width (of HRNet-MiT's both, as SegFormer counts). Not counted: batch norms "
-    "(synchronised ones are unknown to the counter), GELU, Hardswish, softmax, additions.",
+    "over stripes padded to their full width. Of MiT's and HRNet-MiT's attention both, as SegFormer counts, which sees "
+    "no LayerNorm of MiT's. Not counted: batch norms (synchronised ones are unknown to the counter), GELU, Hardswish, "
+    "softmax, additions.",
     hrvit,
 )
 HRFORMER = Convention(
     "hrformer",
     "HRFormer, Tables 5 to 9, 11 and 12: the flop_count of its code, from a JIT trace. MACs of convolutions, "
-    "linear layers and all products; per element 4 for batch norms, 5 for softmax, 1 for additions (the biases of the "
-    "linear layers in attention are some), multiplications, ReLU and dropout. Not counted: LayerNorm, GELU, resizing, "
-    "the biases of convolutions.",
+    "linear layers and all products; per element 4 for batch norms, 5 for softmax, 1 for additions (the biases of "
+    "linear layers on tokens are some), multiplications, ReLU and dropout; of other papers' networks those dropouts "
+    "that the implementation here has. Not counted: LayerNorm, GELU, resizing, the biases of convolutions.",
     hrformer,
 )
 HRFORMER_POSE = Convention(

@@ -40,7 +40,8 @@ _NOTES = {
     "positions grow with it; the parameters are those at 224. With `published_taps=True` there are four maps, at "
     "strides 4 to 32. A `_mae` has no dense form: it is counted whole, its decoder included, and its encoder sees a "
     "quarter of the patches.",
-    "HRNet-ViT": "HRViT's Table 6, whose layout is not published: a reconstruction, some 2 % off the printed costs.",
+    "HRNet-ViT": "HRViT's Table 6, whose layout is not published: a reconstruction that keeps HRNetV2's, 3 % off the "
+    "printed costs (root mean square; at most 7 %).",
     "Swin": "HRFormer's Table 8, on timm's Swin, of which all else is the same; their dense forms are not counted "
     "here.",
     "HIRI-ViT": "No implementation is published: this is a reconstruction. `_224` has the same weights, with one step "

@@ -96,11 +96,18 @@ def told(found: Findings) -> list[str]:
     costs, scores = total(every, COSTS), total(every, SCORES)
     known = costs.measured - costs.reproduced - costs.differing
     more = f" (and {costs.explained - known} more, known without a count)" if costs.explained > known else ""
+    fitted = f" ({costs.fitted} of them by networks that were fitted to these very numbers)" if costs.fitted else ""
     lines = [
-        f"Of the {costs.reported} parameters and FLOPs that the papers print, {costs.measured} were counted here for"
-        f" the same network, head, classes and size. As printed: {costs.reproduced}. Different for a known reason:"
-        f" {known}{more}. Different, and nobody knows why: {costs.differing}."
+        f"Of the {costs.reported} parameters and FLOPs that the papers print, {costs.measured} were counted here with"
+        " the same head, classes and size, for the same network or what comes nearest to its description. As printed:"
+        f" {costs.reproduced}{fitted}. Different for a known reason: {known}{more}. Different, and nobody knows why:"
+        f" {costs.differing}."
     ]
+    if costs.fitted:
+        lines.append(
+            "Fitted is where a paper leaves a part of its network open, and that part was chosen so that parameters and"
+            " FLOPs come out: that they do is no evidence for the network."
+        )
     shares = (
         ("of the parameters", total(every, ["params_m"])),
         ("of the FLOPs", total(every, ["gflops"])),

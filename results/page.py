@@ -154,7 +154,8 @@ def _papers(
         paper = table.title or table.paper
         origins = []
         for row in table.rows:
-            keys = [found.key for cell in row.cells.values() for found in (cell.measured, cell.common) if found]
+            cells = (*row.cells.values(), *row.unprinted.values())
+            keys = [found.key for cell in cells for found in (cell.measured, cell.common) if found]
             origins.append((paper, [key for key in dict.fromkeys(keys) if key in known]))
         stem = paper_tables.stem(table)
         links = [path.relative_to(output).as_posix() for path in written.files if path.stem == stem]
@@ -163,6 +164,8 @@ def _papers(
             totals.update(vars(summary))
         told = f"Table {table.table}: {totals['reported']} numbers reported, {totals['measured']} measured here, "
         told += f"{totals['reproduced']} reproduced"
+        more = sum(len(row.unprinted) for row in table.rows)
+        told += f"; {more} more counted that the paper does not print" if more else ""
         shown = as_table(stem, paper_tables.display(table), origins, links)
         papers.setdefault(paper, []).append(replace(shown, summary=told))
     return papers

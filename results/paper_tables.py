@@ -107,7 +107,8 @@ def to_csv(table: RebuiltTable) -> str:
 
 def display(table: RebuiltTable) -> Display:
     """A rebuilt table for people: what was printed, what was counted or run here, the difference, and a verdict."""
-    columns = [column for column in (*COSTS, *SCORES) if any(column in line.cells for line in table.rows)]
+    columns = [c for c in (*COSTS, *SCORES) if any(c in line.cells or c in line.unprinted for line in table.rows)]
+    unprinted = [c for c in COSTS if c in columns and not any(c in line.cells for line in table.rows)]
     headings = ["Row", "Model", "Data", "Size", "Setting"]
     described = len(headings)
     for column in columns:
@@ -133,7 +134,10 @@ def display(table: RebuiltTable) -> Display:
     for line in table.rows:
         texts: list[tuple[str, float | None, bool]] = [(text, None, True) for text in _described(line)]
         for column in columns:
-            texts += _cells(column, line.cells.get(column), line.row.derived, mark)
+            cell = line.cells.get(column) or line.unprinted.get(column)
+            texts += _cells(column, cell, line.row.derived, mark)
+            if column in unprinted:
+                texts[-1] = ("", None, True)  # the caption says it
         texts += [(line.row.cells.get(column, ""), line.row.number(column), True) for column in extra]
         cells.append([text for text, _, _ in texts])
         values.append([value for _, value, _ in texts])
@@ -143,7 +147,7 @@ def display(table: RebuiltTable) -> Display:
     empty = [{row[n] for row in cells} <= _NOTHING for n in range(len(headings))]
     counted = any(not empty[n] for n, heading in enumerate(headings) if re.search("counted|run here", heading))
     # What is only reported has room for the rows' settings.
-    kept = [n for n, heading in enumerate(headings) if "reported" in heading or not empty[n]]
+    kept = [n for n in range(len(headings)) if not empty[n]]
     kept = [n for n in kept if not (counted and headings[n] == "Setting")]
 
     def narrowed(rows: list[list]) -> list[list]:
@@ -152,6 +156,8 @@ def display(table: RebuiltTable) -> Display:
     cells, values, measured = narrowed(cells), narrowed(values), narrowed(measured)
     headings, numeric = narrowed([headings, numeric])
     told = "as reported" + (", and as counted and run here" if table.measured else "; nothing was measured here")
+    titles = " and ".join("parameters" if c == "params_m" else TITLES[c] for c in unprinted)
+    told += f"; its {titles} are counted here alone, the paper prints none" if unprinted else ""
     told += f"; a copy of Table {table.repeats}, left out of totals" if table.repeats else ""
     told += "; how the paper counts FLOPs: see the conventions" if any("paper's way" in h for h in headings) else ""
     return Display(
@@ -243,11 +249,11 @@ def _cells(column: str, cell: Comparison | None, derived: bool, mark: Mark) -> l
     if cell is None:
         return [("", None, True)] * width
     note = ": ".join(filter(None, (cell.verdict, cell.evidence))) if derived and column in SCORES else ""
-    reported = None if derived else float(cell.printed)
-    texts = [(mark(cell.printed, note), reported, True)]
+    reported = None if derived or not cell.printed else float(cell.printed)
+    texts = [(mark(cell.printed, note) if cell.printed else "", reported, True)]
     for measured in filter(None, (cell.common, cell.measured) if column == "gflops" else (cell.measured,)):
         texts.append(_measured(measured, column, derived, mark))
-        difference = None if derived else _difference(column, cell.printed, measured)
+        difference = None if reported is None else _difference(column, cell.printed, measured)
         rounded = "" if difference is None else f"{difference:+.{1 if column in COSTS else 2}f}"
         texts.append((rounded if rounded.strip("+-0.") else rounded.lstrip("+-"), difference, True))
     if column == "gflops" and cell.common is None:  # a derived row
@@ -292,13 +298,14 @@ def _line(table: RebuiltTable, line: RebuiltRow) -> dict[str, object]:
     out |= {"reported_by": row.texts.get("reported_by", ""), "convention": table.convention}
     out["source_note"] = row.texts.get("note", "")
     out |= {f"{column}_reported": text for column, text in row.cells.items()}
-    for column, cell in line.cells.items():
+    for column, cell in {**line.cells, **line.unprinted}.items():
+        known = not row.derived and cell.printed
         out |= {
             f"{column}_reported": cell.printed,
             f"{column}_recomputed": cell.recomputed,
             f"{column}_measured": cell.measured.value,
             f"{column}_status": cell.measured.status,
-            f"{column}_difference": None if row.derived else _difference(column, cell.printed, cell.measured),
+            f"{column}_difference": _difference(column, cell.printed, cell.measured) if known else None,
             f"{column}_verdict": cell.verdict,
             f"{column}_evidence": cell.evidence,
             f"{column}_note": cell.measured.reason,
@@ -306,7 +313,7 @@ def _line(table: RebuiltTable, line: RebuiltRow) -> dict[str, object]:
         }
         if column == "gflops" and cell.common is not None:
             out |= {"gmacs_measured": cell.common.value, "gmacs_status": cell.common.status}
-            out["gmacs_difference"] = None if row.derived else _difference(column, cell.printed, cell.common)
+            out["gmacs_difference"] = _difference(column, cell.printed, cell.common) if known else None
     return out
 
 

@@ -50,7 +50,9 @@ COLUMNS = {
     "cost_input_size": "the size of the FLOPs, where the accuracy has another",
     **NUMBERS,
     "other": "NAME=VALUE;... of what has no column; of a derived row the names of DELTAS; of an ablation its subject "
-    "(ablation, in one row of the table) and the number of the row that a row changes (changes)",
+    "(ablation, in one row of the table) and the number of the row that a row changes (changes); fitted=yes where what "
+    "the paper leaves open of the network was chosen to give the row's costs; of a derived row pairs=COLUMN where the "
+    "column is a mean of changes: each own row against as many others, in their order",
     "derived": 'JSON {"own": rows, "others": rows}: the row compares the means of these rows of its table',
     "reported_by": "own (the paper measured it) or other (quoted)",
     "note": "repaired and doubtful cells, and why",
@@ -110,6 +112,11 @@ class PaperRow:
     def deltas(self) -> dict[str, str]:
         """What a derived row prints, by the column that it compares."""
         return {column: self.other[name] for name, column in DELTAS.items() if self.derived and name in self.other}
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """The columns in which a derived row compares pair by pair, not the means."""
+        return tuple(filter(None, self.other.get("pairs", "").split(",")))
 
     @property
     def changes(self) -> int | None:
@@ -329,6 +336,15 @@ def _row(where: str, line: Mapping[str, str]) -> PaperRow:
         and all(isinstance(rows, list) and rows and all(type(n) is int for n in rows) for rows in derived.values())
     ):
         raise wrong("derived", 'object such as {"own": [1, 2], "others": [3]}')
+    if "pairs" in other and not (
+        derived
+        and {*other["pairs"].split(",")} <= {*DELTAS.values()}
+        and len(derived["others"]) % len(derived["own"]) == 0
+    ):
+        raise PaperError(
+            f"{where}: pairs is '{other['pairs']}'; it names columns of {', '.join(DELTAS.values())} in a derived row "
+            "that compares each own row with as many others"
+        )
     row = PaperRow(
         **{name: line.get(name, "") for name in ("paper", "table", "label", "model", "head")},
         row=whole("row"),

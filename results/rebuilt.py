@@ -13,6 +13,8 @@ from .rows import NOT_RUN, Row, join, rank_key, started
 
 COUNTED, RUN_HERE, REPORTED_ONLY = "counted", "run here", "reported only"
 REPRODUCED, CUT, COMMON = "reproduced", "reproduced (cut, not rounded)", "reproduced (common convention)"
+FITTED = "reproduced (fitted to it)"  # what the paper leaves open was chosen so that this number comes out
+UNPRINTED = "not printed"
 FOLLOWS = "follows from the rows"
 ABSENT = "no record of "
 COSTS, SCORES = ("params_m", "gflops"), ("top1", "miou", "miou_ms")
@@ -51,7 +53,7 @@ class Comparison:
 
     @property
     def reproduced(self) -> bool:
-        return self.verdict in (REPRODUCED, CUT, COMMON)
+        return self.verdict in (REPRODUCED, CUT, COMMON, FITTED)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class RebuiltRow:
     row: PaperRow
     cells: Mapping[str, Comparison]
     cost: Record | None = None  # of its network, also where the paper prints no cost
+    unprinted: Mapping[str, Comparison] = field(
+        default_factory=dict
+    )  # costs counted here that the paper does not print
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,9 @@ class RebuiltTable:
 
     @property
     def measured(self) -> bool:
-        """Whether any number of a row that is not derived was measured."""
-        return any(cell.known for line in self.rows if not line.row.derived for cell in line.cells.values())
+        """Whether any number of a row that is not derived was measured, also one that the paper does not print."""
+        lines = [line for line in self.rows if not line.row.derived]
+        return any(cell.known for line in lines for cell in (*line.cells.values(), *line.unprinted.values()))
 
 
 @dataclass
@@ -87,6 +93,7 @@ class Summary:
     reported: int = 0
     measured: int = 0
     reproduced: int = 0  # to the printed precision
+    fitted: int = 0  # of these, by a network that was fitted to the number
     explained: int = 0  # with a verdict in place of that
     differing: int = 0  # measured, neither reproduced nor explained (parameters and FLOPs only)
     open: int = 0  # neither measured nor explained
@@ -97,13 +104,14 @@ def rebuild(papers: Papers, records: Iterable[Record]) -> list[RebuiltTable]:
     ledger = _Ledger(records)
     tables = []
     for (paper, name), rows in papers.tables().items():
-        told = {"title": papers.title(paper), "repeats": papers.repeats(paper, name)}
-        table = RebuiltTable(paper, name, papers.convention(paper, name), **told)
+        names = {"title": papers.title(paper), "repeats": papers.repeats(paper, name)}
+        table = RebuiltTable(paper, name, papers.convention(paper, name), **names)
         lines: dict[int, RebuiltRow] = {}
         for row in rows:
             if not row.derived:
                 record = ledger.cost(row) if row.buildable else None
-                lines[row.row] = RebuiltRow(row, _compare(row, record, papers, ledger), record)
+                told = _compare(row, record, papers, ledger), record, _unprinted(row, record, table.convention)
+                lines[row.row] = RebuiltRow(row, *told)
         for row in rows:
             if row.derived:
                 lines[row.row] = RebuiltRow(row, _derive(row, lines, ledger))
@@ -135,6 +143,7 @@ def summarize(tables: Iterable[RebuiltTable], reported_by: str = "") -> dict[str
                 summary.reported += 1
                 summary.measured += cell.known
                 summary.reproduced += cell.reproduced
+                summary.fitted += cell.verdict == FITTED
                 summary.explained += explained
                 summary.differing += column in COSTS and cell.known and not cell.verdict
                 summary.open += not (cell.known or cell.verdict)
@@ -274,12 +283,37 @@ def _compare(row: PaperRow, record: Record | None, papers: Papers, ledger: _Ledg
             measured = _in_the_papers_way(row, record, papers, printed) if common.value is not None else common
         known = papers.verdicts.get((row.paper, row.table, row.row, column))
         verdict, evidence = (known.verdict, known.evidence) if known else ("", "")
-        if column in COSTS and measured.value is not None and (own := reproduced(printed, measured.value)):
+        own = reproduced(printed, measured.value) if column in COSTS and measured.value is not None else ""
+        if own and _gives_way(verdict, own):
             verdict = own
         elif not known and common and common.value is not None and reproduced(printed, common.value):
             verdict = COMMON
+        if "fitted" in row.other and verdict in (REPRODUCED, CUT, COMMON):
+            verdict = FITTED
         cells[column] = Comparison(printed, measured, common, verdict=verdict, evidence=evidence)
     return cells
+
+
+def _gives_way(known: str, own: str) -> bool:
+    """Whether a known verdict gives way to what comes out: not to further digits that are dropped, for which it has a
+    better reason unless it is rounding itself. Another network in place of the paper's stays another network.
+    """
+    return known != "reconstruction" and (own != CUT or known in ("", "rounding"))
+
+
+def _unprinted(row: PaperRow, record: Record | None, convention: str) -> dict[str, Comparison]:
+    """The counted costs of a row, auxiliary heads included, by column, where the paper prints none."""
+    if record is None or not record.done:
+        return {}
+    told, way = record.metrics, (record.details.get("macs_by_convention") or {}).get(convention)
+    params = told.get("params", 0) + told.get("params_auxiliary", 0)
+    common, own = (
+        Measured("" if value is None else COUNTED, value and value / 1e9, key=record.key)
+        for value in (told.get("macs"), told.get("macs_paper", way))
+    )
+    found = {"params_m": Comparison("", Measured(COUNTED, params / 1e6, key=record.key), verdict=UNPRINTED)}
+    found["gflops"] = Comparison("", own, common, verdict=UNPRINTED)
+    return {column: cell for column, cell in found.items() if column not in row.cells and cell.known}
 
 
 def _absent(row: PaperRow, possible: bool) -> Measured:
@@ -352,7 +386,8 @@ def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow], ledger: _Ledger) -> 
         if None in own or None in others or not own or not others:
             cells[column] = Comparison(printed, Measured("", reason="a row that it compares has no such number"))
             continue
-        given = _difference([Fraction(c.printed) for c in own], [Fraction(c.printed) for c in others], percent)
+        pairs = column in row.pairs
+        given = _difference(*([Fraction(c.printed) for c in group] for group in (own, others)), percent, pairs)
         fits = reproduced(printed.strip("+%"), given)
         digits = len(printed.strip("%").partition(".")[2])
         recomputed = f"{float(given):+.{digits}f}" + ("%" if percent else "")
@@ -361,7 +396,7 @@ def _derive(row: PaperRow, lines: Mapping[int, RebuiltRow], ledger: _Ledger) -> 
             measured = Measured(NOT_RUN, reason="a row that it compares was not measured")
         else:
             status = COUNTED if percent else RUN_HERE
-            measured = Measured(status, float(_difference(values[0], values[1], percent)))
+            measured = Measured(status, float(_difference(*values, percent, pairs)))
         verdict = {REPRODUCED: FOLLOWS, CUT: f"{FOLLOWS} (cut, not rounded)"}.get(fits, f"the rows give {recomputed}")
         note = "" if fits else row.texts.get("note", "")
         common = _alike(row, column, lines, ledger) if percent else None
@@ -390,13 +425,20 @@ def _alike(row: PaperRow, column: str, lines: Mapping[int, RebuiltRow], ledger: 
             groups[-1].append(cost.value + extra)
     printed_classes = {lines[number].row.num_classes for number in (*row.own, *row.others) if number in lines}
     note = f"all rows counted with {changes['num_classes']} classes" if changes and len(printed_classes) > 1 else ""
-    return Measured(COUNTED, float(_difference(*groups, percent=True)), note)
+    return Measured(COUNTED, float(_difference(*groups, percent=True, pairs=column in row.pairs)), note)
 
 
 def _best(cell: Comparison) -> float | None:
     return cell.measured.value if cell.measured.value is not None or cell.common is None else cell.common.value
 
 
-def _difference(own: Sequence[Any], others: Sequence[Any], percent: bool) -> Any:
+def _difference(own: Sequence[Any], others: Sequence[Any], percent: bool, pairs: bool) -> Any:
+    """Of the means, in percent of the others' or not; with `pairs` the mean of the changes from each of the others to
+    its own row, of which each has as many others.
+    """
+    if pairs:
+        share = len(others) // len(own)
+        changes = [_difference([own[n // share]], [other], percent, False) for n, other in enumerate(others)]
+        return sum(changes) / len(changes)
     mean = (lambda values: sum(values) / len(values)) if isinstance(own[0], Fraction) else fmean
     return (mean(own) / mean(others) - 1) * 100 if percent else mean(own) - mean(others)

@@ -18,7 +18,7 @@ from torch import nn
 
 import zoo
 from benchmarks import segmentation
-from benchmarks.conventions import CONVENTIONS, HIVIT, HRVIT, paper_convention
+from benchmarks.conventions import CONVENTIONS, HIVIT, HRFORMER, HRVIT, paper_convention
 from benchmarks.cost import count
 from benchmarks.engine import Context
 from benchmarks.job import HEADS, Job
@@ -77,9 +77,12 @@ def built(model: str, head: str | None = None, classes: int = 0, wide: bool = Fa
 
 @cache
 def giga(model: str, size: int | tuple[int, int], arguments: tuple) -> tuple[str, float]:
-    """Name of the convention of the model's paper, HRViT's for CSWin, and what it counts, in units of 1e9."""
+    """Name of the convention of the model's paper, and what it counts, in units of 1e9.
+
+    The networks of HRFormer's Table 8 are counted in its way, others of neither paper in HRViT's.
+    """
     network = built(model, **dict(arguments))
-    convention = HRVIT if model.startswith("cswin") else paper_convention(network)
+    convention = paper_convention(network) or (HRFORMER if model in TABLE_8 else HRVIT)
     cost = count(network, (3, *size) if isinstance(size, tuple) else (3, size, size))
     return convention.name, convention.macs(network, cost) / 1e9
 
@@ -110,6 +113,8 @@ CELLS = [
     ("hrvit", "9: CSWin-Ti, UPerNet", ade("cswin_nano", "upernet"), "216"),
     ("hrvit", "9: CSWin-T, UPerNet", ade("cswin_tiny", "upernet"), "234"),
     ("hrvit", "9: CSWin-S, UPerNet", ade("cswin_small", "upernet"), "247"),
+    ("hrvit", "4, 9: MiT-B0", ade("mit_b0", "segformer"), "8.4"),
+    ("hrvit", "4, 9: MiT-B1", ade("mit_b1", "segformer"), "15.9"),
     ("hrformer", "6, 9, 11: T", setting("hrformer_tiny", 224), "1.8"),
     ("hrformer", "7: T", setting("hrformer_tiny", 224), "1.83"),
     ("hrformer", "6, 11: S", setting("hrformer_small", 224), "3.6"),
@@ -153,6 +158,7 @@ TRUNCATED = [  # the paper cut these off where it should have rounded
 NOT_REPRODUCED = [  # with what comes out instead, and why
     ("hrvit", "4, 9: CSWin-T, SegFormer", ade("cswin_tiny", "segformer"), "28.3", 28.423, "unknown"),
     ("hrvit", "4, 9: CSWin-S, SegFormer", ade("cswin_small", "segformer", wide=True), "78.1", 78.263, "unknown"),
+    ("hrvit", "4, 9: MiT-B4", ade("mit_b4", "segformer", wide=True), "95.7", 95.803, "95.57 by MACs alone"),
     ("hrformer_pose", "3: T, 384x288", pose("hrformer_tiny", (384, 288)), "1.8", 2.926, "misprint: that is T's at 224"),
     ("hivit", "1 to 4, 7, 9: B", setting("hivit_base", 224), "15.9", 15.847, "0.003 under the edge of rounding"),
     ("hiri_vit", "2: B, 224", setting("hiri_vit_base_224", 224), "8.2", 8.041, "no text describes the form at 224"),
@@ -180,9 +186,20 @@ NOT_REPRODUCED = [  # with what comes out instead, and why
         "unknown",
     ),
 ]
+DESIGNS = ("key_value_sharing", "efficient_patch_embed", "mix_cfn", "parallel_conv", "attention_nonlinearity")
+DESIGNS += ("dense_fusion", "diverse_shortcut")
 # What the published implementations give under the counters of their papers.
 MEASURED = [
     (cityscapes("hrvit_b1"), 14.0994),
+    (cityscapes("hrvit_b1", key_value_sharing=False), 14.6866),  # Table 5, row by row
+    (cityscapes("hrvit_b1", efficient_patch_embed=False), 16.4642),
+    (cityscapes("hrvit_b1", mix_cfn=False), 13.5709),
+    (cityscapes("hrvit_b1", parallel_conv=False), 14.0260),
+    (cityscapes("hrvit_b1", attention_nonlinearity=False), 14.0994),
+    (cityscapes("hrvit_b1", dense_fusion=False), 14.0424),
+    (cityscapes("hrvit_b1", diverse_shortcut=False), 13.9694),
+    (cityscapes("hrvit_b1", **dict.fromkeys(DESIGNS, False)), 16.2625),
+    (cityscapes("hrvit_b1", **dict.fromkeys(DESIGNS, False), linear_conv=True), 16.336),
     (setting("hrformer_tiny", 224), 1.8282),
     (setting("hrformer_small", 224), 3.5557),
     (setting("hrformer_base", 224), 13.7133),
@@ -230,6 +247,30 @@ def test_cells_that_do_not_come_out(convention, where, what, printed, comes_out,
 @pytest.mark.parametrize(("what", "measured"), MEASURED)
 def test_counters_of_the_published_code(what, measured):
     assert giga(*what)[1] == pytest.approx(measured, abs=1e-4)
+
+
+# HRFormer's counter on the networks of its Table 8. It saw one operation more for each element that the patch embedding
+# and the mergers give, 564,480 in all: a dropout and an addition that timm's network does not have.
+TABLE_8 = {
+    "swin_tiny_patch4_window7_224": 4.5332,
+    "intrawin_tiny": 4.5322,
+    "swin_tiny_dw": 4.6290,
+    "intrawin_tiny_dw": 4.6280,
+}
+
+
+@pytest.mark.parametrize("model", TABLE_8)
+def test_other_papers_transformers_in_hrformer_s_way(model):
+    assert giga(*setting(model, 224))[1] + 564_480 / 1e9 == pytest.approx(TABLE_8[model], abs=1e-4)
+
+
+# SegFormer's way over mmsegmentation's MiT: both products, no LayerNorm, no mean of the maps that attention returns.
+@pytest.mark.parametrize(
+    ("model", "value"), [("mit_b0", 8.44), ("mit_b1", 15.95), ("mit_b2", 62.49), ("mit_b3", 79.15), ("mit_b4", 95.80)]
+)
+def test_mit_as_segformer_counts(model, value):
+    what = ade(model, "segformer", wide=True) if model > "mit_b1" else ade(model, "segformer")
+    assert giga(*what)[1] == pytest.approx(value, abs=5e-3)
 
 
 def test_cost_jobs_tell_both_numbers(tmp_path):

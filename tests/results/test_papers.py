@@ -164,6 +164,10 @@ BAD = {
         HEADER.replace("dataset", "other") + LINE.replace("ImageNet-1K", "changes=7"),
         "row 1 of Table 1 changes row 7: no such other row",
     ),
+    "pairs of nothing": (
+        HEADER.replace("dataset", "other") + LINE.replace("ImageNet-1K", "pairs=params_m"),
+        "pairs is 'params_m'; it names columns of params_m, gflops, top1, miou in a derived row",
+    ),
     "changes itself": (
         HEADER.replace("dataset", "other") + LINE.replace("ImageNet-1K", "changes=1"),
         "changes row 1: no such other row",

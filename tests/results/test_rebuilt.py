@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from results import display, paper_tables, papers, report
+from results import display, findings, findings_page, paper_tables, papers, report
 from results.ledger import Ledger
-from results.rebuilt import CUT, REPRODUCED, rebuild, reproduced, summarize
+from results.rebuilt import CUT, FITTED, REPRODUCED, rebuild, reproduced, summarize
 
 HEADER = "paper,table,row,label,model,config,framework,head,head_config,setting,dataset,num_classes,input_size,"
 HEADER += "cost_input_size,params_m,gflops,top1,miou,other,derived,reported_by,throughput,ap_box\n"
@@ -133,6 +133,115 @@ def test_verdicts_give_way_to_a_reproduced_number(mine, counted):
     assert (lines[2].cells["gflops"].verdict, lines[2].cells["gflops"].evidence) == ("misprint", "twice")
     assert lines[2].cells["params_m"].verdict == ""  # differs, and nobody knows why
     assert lines[4].cells["params_m"].verdict == "quoted"
+
+
+@pytest.mark.parametrize(
+    ("word", "params", "verdict"),
+    [
+        ("misprint", 20.08e6, "misprint"),  # 20.0 by dropping digits: the verdict knows better
+        ("rounding", 20.08e6, CUT),
+        ("misprint", 20.01e6, REPRODUCED),
+        ("reconstruction", 20.08e6, "reconstruction"),
+        ("reconstruction", 20.01e6, "reconstruction"),  # a number may come out by chance: the network is another one
+    ],
+)
+def test_digits_that_are_cut_hide_no_verdict(mine, counted, word, params, verdict):
+    key = "mine", "1", 1, "params_m"
+    mine.verdicts[key] = papers.Verdict(word, "known")
+    found = cell(mine, [counted(params=params)], 1)
+    assert (found.verdict, found.evidence) == (verdict, "known")
+    del mine.verdicts[key]
+    assert cell(mine, [counted(params=20.08e6)], 1).verdict == CUT
+
+
+def test_no_row_of_hrnet_with_transformers_counts_as_reproduced(counted):
+    """All six of HRViT's Table 6 are reconstructions, also where the digits of one happen to agree."""
+    records = [
+        counted(f"hrnet_{kind}_w{width}", head="segformer", size=512, classes=19, params=params, macs=1e9, **wide)
+        for kind, width, params, wide in [
+            ("mit", 18, 8_423_759, {}),
+            ("cswin", 18, 8_160_175, {}),
+            ("mit", 32, 24_805_971, {}),
+            ("cswin", 32, 24_356_691, {}),
+            ("mit", 40, 40_612_083, {"head_config": {"channels": 768}}),
+            ("cswin", 40, 40_056_691, {"head_config": {"channels": 768}}),
+        ]
+    ]
+    loaded = papers.load()
+    lines = rebuilt(loaded, records)["hrvit", "6"].values()
+    verdicts = [line.cells["params_m"].verdict for line in lines if line.row.model.startswith("hrnet_") and line.cost]
+    assert verdicts == ["reconstruction"] * 6
+    found = findings.find(rebuild(loaded, records), loaded)
+    assert sum(row.name.startswith("HRNet") and row.paper == "HRViT" for row in found.lost) == 6
+
+
+def test_a_fitted_network_comes_out_as_fitted(mine, counted):
+    mine.rows[0].other["fitted"] = "yes"
+    table, *_ = rebuild(mine, [counted(macs=4.6e9)])
+    assert [table.rows[0].cells[column].verdict for column in ("params_m", "gflops")] == [FITTED, "misprint"]
+    summary = summarize([table])["params_m"]
+    assert (summary.reproduced, summary.fitted) == (1, 1)
+    (line, *_) = findings_page.told(findings.find([table], mine))
+    assert "As printed: 1 (1 of them by networks that were fitted to these very numbers)." in line
+    fitted = {row.model for row in papers.load().rows if "fitted" in row.other}
+    assert {"m_vit", "hiri_vit_small", "pvt_v2_b2_hiri"} <= fitted
+    assert not any(name.startswith(("hrvit", "hrformer", "hivit")) for name in fitted)
+
+
+def test_costs_that_a_paper_does_not_print_are_shown_as_counted(counted):
+    """HRViT's Table 8 prints accuracies alone."""
+    common = {"head": "segformer", "size": 512, "classes": 19, "params": 8_150_475, "macs": 15.015e9}
+    first = counted("hrvit_b1", **common, metrics={"macs_paper": 14.0994e9})
+    other = counted("hrvit_b1", config={"third_branch_blocks": [8, 8, 2, 2]}, **common)
+    tables = {(table.paper, table.table): table for table in rebuild(papers.load(), [first, other])}
+    table = tables["hrvit", "8"]
+    assert table.measured
+    assert summarize([table])["params_m"].reported == 0
+    view = paper_tables.display(table)
+    assert "its parameters and FLOPs are counted here alone, the paper prints none" in view.caption
+    assert "Verdict" not in view.headings
+    assert not any(heading.startswith(("Params reported", "FLOPs reported")) for heading in view.headings)
+    at = [view.headings.index(name) for name in ("Params counted (M)", "MACs counted, common (G)")]
+    assert [[row[n] for n in at] for row in view.cells[:4]] == [["8.150", "15.015"], ["", ""]] * 2
+    assert view.cells[0][view.headings.index("FLOPs counted, the paper's way (G)")] == "14.099"
+    lines = list(csv.DictReader(io.StringIO(paper_tables.to_csv(table))))
+    assert (lines[0]["params_m_reported"], lines[0]["params_m_measured"], lines[0]["params_m_difference"]) == (
+        "",
+        "8.150475",
+        "",
+    )
+    assert (lines[0]["gmacs_measured"], lines[0]["gmacs_difference"]) == ("15.015", "")
+
+
+def test_a_mean_of_changes_is_recomputed_pair_by_pair(counted):
+    """The parameters of HRViT's Table 6: -14.6 % from print by pairs, where the means would give -20.4 %."""
+    row = next(r for r in papers.load().rows if (r.paper, r.table, r.row) == ("hrvit", "6", 19))
+    assert row.pairs == ("params_m",)
+    wide = {"head_config": {"channels": 768}}
+    networks = [
+        ("hrvit_b1", 8.0, {}),
+        ("hrvit_b2", 20.0, {}),
+        ("hrvit_b3", 30.0, wide | {"config": {"window_size": [1, 2, 9, 9]}}),
+    ]
+    networks += [
+        (f"hrnet_{kind}_w{width}", params, wide if width == 40 else {})
+        for kind, width, params in [
+            ("mit", 18, 10.0),
+            ("cswin", 18, 8.0),
+            ("mit", 32, 25.0),
+            ("cswin", 32, 40.0),
+            ("mit", 40, 40.0),
+            ("cswin", 40, 60.0),
+        ]
+    ]
+    records = [
+        counted(name, head="segformer", size=512, classes=19, params=params * 1e6, macs=1e9, **more)
+        for name, params, more in networks
+    ]
+    found = rebuilt(papers.load(), records)["hrvit", "6"][19].cells["params_m"]
+    assert found.recomputed == "-14.6%"
+    mean = (-20 + 0 - 20 - 50 - 25 - 50) / 6
+    assert (found.measured.value, found.common.value) == (pytest.approx(mean), pytest.approx(mean))
 
 
 def test_accuracies_are_those_of_the_same_data_and_training(mine, record):
