@@ -6,12 +6,14 @@ search that is started again tells its scheduler first what the ledger has.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ from results.rows import METRIC
 from runners.config import Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
 from runners.executors import RETRIES, Tries, tell_nobody
-from runners.placement import Needs, problem
+from runners.placement import Needs, Node, Schedule, Share, problem
 from runners.provenance import provenance
-from runners.ray_executor import alive_nodes
+from runners.ray_executor import SECONDS_FOR_NODES, alive_nodes
 from runners.trials import Trial, stopped_by
 
+_KIND = "accelerator_type:"  # before a GPU's type in the names of Ray's resources
 SCORE, TIMES = "score", "times"  # of what a trial reports: its latest score, percent, and how many it has
 
 Finished = Callable[[Trial, Record, Sequence[str]], None]
@@ -123,50 +126,91 @@ def run(
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; the other trials end too.
-        InputError: no node has what a trial takes.
+        InputError: no node has what a trial takes, or all that had it were lost.
     """
-    nodes = [node for node in alive_nodes() if problem(needs, [node]) is None]
-    if not nodes:  # Tune would wait for ever
-        raise InputError(f"{trials[0].title} {problem(needs, alive_nodes()) or 'finds no machine with all that'}")
-    gpus = needs.gpus * needs.processes
-    cpus = min(needs.cpus * needs.processes, max(node.cpus for node in nodes))
-    room = sum(min(node.cpus // cpus, int(node.gpus / gpus) if gpus else node.cpus) for node in nodes)
-    resources = {"CPU": cpus, "GPU": gpus}
-    if needs.gpu_type:  # Ray wants the name that it has itself; it asks for so much of it that no trial waits for it
-        kind = next(kind for kind in nodes[0].gpu_type.split(", ") if is_gpu_type(needs.gpu_type, kind))
-        resources[f"accelerator_type:{kind}"] = 0.001
+    resources, room = _request(trials, needs, alive_nodes())
     learned = scheduler(search)
     by_number = {trial.number: trial for trial in trials}
     for record in known:
         learned.learn_record(record)
     folder = _folder(workplace.output / "search" / ".tune")
     keeper = _Keeper(by_number, search, workplace, finished)
+
+    def lost() -> str | None:
+        nodes = alive_nodes()
+        if any(_has(node, resources) for node in nodes):
+            return None
+        return f"{trials[0].title} {problem(needs, nodes) or 'finds no machine with all that'}"
+
     work = tune.with_parameters(_work, trials=by_number, workplace=workplace)
     tuner = tune.Tuner(
         tune.with_resources(work, resources),
         param_space={"number": tune.grid_search(sorted(by_number))},
         tune_config=tune.TuneConfig(
             scheduler=learned,
-            max_concurrent_trials=search.concurrent or max(1, room),
-            reuse_actors=not gpus,  # a process keeps memory of a GPU for itself
+            max_concurrent_trials=search.concurrent or room,
+            reuse_actors=not needs.gpus,  # a process keeps memory of a GPU for itself
         ),
         run_config=tune.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
             verbose=0,
             callbacks=[keeper],
-            stop=_AtAnError(keeper.errors),
+            stop=_Stop(keeper.errors, lost),
             failure_config=tune.FailureConfig(max_failures=RETRIES),
         ),
     )
     try:
-        tuner.fit()
+        with _silent():
+            tuner.fit()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another search of this output folder may have one there
             folder.parent.rmdir()
     for error in keeper.errors:
         raise error
+
+
+def _request(trials: Sequence[Trial], needs: Needs, nodes: Sequence[Node]) -> tuple[dict[str, float], int]:
+    """What each trial asks Ray for, on one node, and how many of them have room at once, as a suite's jobs would.
+
+    All ask for the same: with GPUs for the CPUs that go with them where there are fewest, so that no GPU is idle for
+    want of CPUs.
+
+    Raises:
+        InputError: no node has what a trial takes.
+    """
+    places = [(node, shares) for node in nodes if (shares := _shares(needs, node, len(trials)))]
+    resources: dict[str, float] = {"GPU": needs.gpus * needs.processes}
+    if needs.gpu_type:  # Ray wants a name that it has itself, and one for all trials: where most have room
+        room: Counter[str] = Counter()
+        for node, shares in places:
+            room.update({kind: len(shares) for kind in _kinds(node) if is_gpu_type(needs.gpu_type, kind)})
+        kind = max(room, key=room.__getitem__, default="")
+        places = [(node, shares) for node, shares in places if kind in _kinds(node)]
+        resources[f"{_KIND}{kind}"] = 0.001  # so little that no trial waits for it
+    if not places:  # Tune would wait for ever
+        raise InputError(f"{trials[0].title} {problem(needs, nodes) or 'finds no machine with all that'}")
+    cpus = [shares[0].cpus for _, shares in places]
+    resources["CPU"] = min(cpus) if needs.gpus else max(cpus)
+    return resources, sum(len(shares) for _, shares in places if shares[0].cpus >= resources["CPU"])
+
+
+def _shares(needs: Needs, node: Node, most: int) -> list[Share]:
+    """What each of up to so many trials gets side by side on a node."""
+    keys = [str(number) for number in range(most)]
+    started = Schedule(dict.fromkeys(keys, needs), dict.fromkeys(keys, ()), [node]).start(keys)
+    return [share for _, (share,) in started]
+
+
+def _kinds(node: Node) -> list[str]:
+    return node.gpu_type.split(", ") if node.gpu_type else []
+
+
+def _has(node: Node, resources: Mapping[str, float]) -> bool:
+    """Whether an empty node has what a trial asks for."""
+    kinds = {name.removeprefix(_KIND) for name in resources if name.startswith(_KIND)}
+    return node.cpus >= resources["CPU"] and node.gpus >= resources["GPU"] and kinds <= {*_kinds(node)}
 
 
 def _folder(place: Path) -> Path:
@@ -215,17 +259,44 @@ def scores_of(record: Record) -> list[list[float]]:
     return [list(pair) for pair in zip(samples.get("iteration", ()), scores, strict=True)]
 
 
-class _AtAnError(tune.Stopper):
-    """Ends a search once there is an error."""
+class _Stop(tune.Stopper):
+    """Ends a search once there is an error, or for long no node that a trial could run on: Tune would wait for ever."""
 
-    def __init__(self, errors: list[OSError]):
+    def __init__(self, errors: list[Exception], problem: Callable[[], str | None]):
+        """`problem` says why no node of the cluster could run a trial; None where one could."""
         self.errors = errors
+        self.problem = problem
+        self.looked = self.fine = time.monotonic()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
+        now = time.monotonic()
+        if not self.errors and now - self.looked >= 1.0:
+            self.looked = now
+            if (why := self.problem()) is None:
+                self.fine = now
+            elif now - self.fine > SECONDS_FOR_NODES:
+                self.errors.append(
+                    InputError(
+                        f"{why}: nodes were lost; what is finished is kept, and the same command continues on a "
+                        "cluster that has them"
+                    )
+                )
         return bool(self.errors)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Tune prints a traceback for each trial whose worker or node died, into the live view; trials go on by then."""
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Keeper(tune.Callback):
@@ -262,6 +333,10 @@ class _Keeper(tune.Callback):
                 file.unlink(missing_ok=True)
             checkpoints.discard(self.workplace.output / "jobs" / ours.key)
         self.finished(ours, record, result.get("messages", ()))
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Its worker died: it does not run until Tune starts it again."""
+        self.workplace.progress(self.trials[trial.config["number"]].key).unlink(missing_ok=True)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours, error = self.trials[trial.config["number"]], trial.get_pickled_error()

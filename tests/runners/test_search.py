@@ -275,6 +275,45 @@ def test_tune_is_asked_for_the_type_of_gpu_of_a_node_that_has_all(base, monkeypa
         tune.run(trials, [], search(), place, Needs(4, 1.0, 2, "H200"), print)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "needs", "resources", "room"),
+    [
+        ([(16, 8, None)], Needs(8, 1.0), {"CPU": 2.0, "GPU": 1.0}, 8),  # no GPU is idle for want of CPUs
+        ([(64, 4, None), (16, 8, None)], Needs(8, 1.0), {"CPU": 2.0, "GPU": 1.0}, 12),
+        ([(8, 2, None)], Needs(4, 0.3), {"CPU": 1.2, "GPU": 0.3}, 6),
+        ([(16, 0, None), (2, 0, None)], Needs(4), {"CPU": 4, "GPU": 0.0}, 4),
+        ([(2, 0, None), (1, 0, None)], Needs(4), {"CPU": 2, "GPU": 0.0}, 1),
+        (
+            [(8, 0, None), (8, 1, "A100"), (8, 1, "H100, H100-80G"), (8, 2, "H100-NVL")],
+            Needs(2, 1.0, 1, "H100"),
+            {"CPU": 2, "GPU": 1.0, "accelerator_type:H100-NVL": 0.001},
+            2,
+        ),
+    ],
+)
+def test_trials_take_what_jobs_of_a_suite_would(base, nodes, needs, resources, room):
+    from runners import tune
+
+    nodes = [Node(str(number), *each) for number, each in enumerate(nodes)]
+    found = tune._request(draw_trials(search(trials=30), base), needs, nodes)
+    assert found == (resources, room)
+    assert any(tune._has(node, resources) for node in nodes)
+    assert not tune._has(Node("other", 1, 8), resources | {"accelerator_type:T4": 0.001})
+
+
+def test_a_search_whose_nodes_are_lost_ends(monkeypatch):
+    from runners import tune
+
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    errors, problems = [], [None, "a", None, "b", "c", "d", "e"]
+    stop = tune._Stop(errors, lambda: problems.pop(0))
+    assert [stop.stop_all() for _ in range(6)] == [False] * 6  # it waits for a node as long as a suite does
+    assert stop.stop_all()
+    assert isinstance(errors[0], InputError)
+    assert str(errors[0]).startswith("e: nodes were lost")
+
+
 def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, monkeypatch, tmp_path):
     """One whose disk is full for a moment does not."""
     from runners import executors, tune
@@ -294,7 +333,7 @@ def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, mo
     assert not errors
     assert isinstance(reported[0]["error"], NotADirectoryError)
     keeper = tune._Keeper(trials, search(), place, lambda *_: pytest.fail("a record"))
-    stop = tune._AtAnError(keeper.errors)
+    stop = tune._Stop(keeper.errors, lambda: None)
     assert not stop.stop_all()
     keeper.on_trial_complete(1, [], SimpleNamespace(config={"number": 1}, last_result=reported[0]))
     assert stop.stop_all()
