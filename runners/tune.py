@@ -6,6 +6,7 @@ search that is started again tells its scheduler first what the ledger has.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -34,7 +35,7 @@ from runners.executors import RETRIES, Tries, tell_nobody
 from runners.placement import Needs, Node, Schedule, Share, problem
 from runners.provenance import provenance
 from runners.ray_executor import SECONDS_FOR_NODES, alive_nodes
-from runners.trials import Trial, stopped_by
+from runners.trials import Trial, is_finished, stopped_by
 
 _KIND = "accelerator_type:"  # before a GPU's type in the names of Ray's resources
 SCORE, TIMES = "score", "times"  # of what a trial reports: its latest score, percent, and how many it has
@@ -142,7 +143,7 @@ def run(
             return None
         return f"{trials[0].title} {problem(needs, nodes) or 'finds no machine with all that'}"
 
-    work = tune.with_parameters(_work, trials=by_number, workplace=workplace)
+    work = tune.with_parameters(_work, trials=by_number, workplace=workplace, search=search)
     tuner = tune.Tuner(
         tune.with_resources(work, resources),
         param_space={"number": tune.grid_search(sorted(by_number))},
@@ -222,7 +223,7 @@ def _folder(place: Path) -> Path:
     return place / f"{here}-{os.getpid()}"
 
 
-def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workplace) -> None:
+def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workplace, search: Search) -> None:
     """A trial in its worker: reports each score to Tune, which may end the process then."""
     trial = trials[config["number"]]
     started, clock = datetime.now(UTC), time.monotonic()
@@ -234,7 +235,7 @@ def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workpl
             reported = times
             origin = provenance(workplace.command, started.isoformat(timespec="seconds"), time.monotonic() - clock)
             result = {SCORE: scores[times - 1][1], TIMES: times, "scores": scores[:times], "provenance": origin}
-            tune.report({"number": trial.number} | result | (more if times == len(scores) else {}))
+            tune.report({"number": trial.number} | result | more)
 
     def watch(state: dict[str, Any]) -> None:
         # The last score is for below: Tune may end the process with any, and there has to be a record before.
@@ -242,14 +243,15 @@ def _work(config: dict[str, Any], trials: Mapping[int, Trial], workplace: Workpl
 
     try:
         tries = Tries(workplace, tell_nobody)
-        record, messages = tries.run(trial.job, lambda: run_job(trial.job, workplace, watch))
+        ended = functools.partial(is_finished, search=search)  # another search may have stopped it meanwhile
+        record, messages = tries.run(trial.job, lambda: run_job(trial.job, workplace, watch, finished=ended))
     except OSError as error:  # of the output folder; Tune would try again
         tune.report({"number": trial.number, "error": error})
         return
     if len(scores := scores_of(record)) > reported:
-        report(scores, messages=messages)
+        report(scores, record=record, messages=messages)
     else:
-        tune.report({"number": trial.number, "messages": messages})
+        tune.report({"number": trial.number, "record": record, "messages": messages})
 
 
 def scores_of(record: Record) -> list[list[float]]:
@@ -308,7 +310,7 @@ class _Keeper(tune.Callback):
         self.workplace = workplace
         self.finished = finished
         self.ledger = Ledger(workplace.ledger)
-        self.errors: list[OSError] = []
+        self.errors: list[Exception] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes down what it could go on from; nothing of this is part of it."""
@@ -321,12 +323,12 @@ class _Keeper(tune.Callback):
             return
         try:
             self._keep(self.trials[trial.config["number"]], result)
-        except OSError as error:  # Tune would try the trial again
+        except Exception as error:  # Tune would try the trial again, and tell nobody
             self.errors.append(error)
 
     def _keep(self, ours: Trial, result: dict[str, Any]) -> None:
-        if "messages" in result:
-            record = self.ledger.get(ours.key)
+        if "record" in result:  # the ledger may have a better one, of who took the trial over
+            record = self.ledger.get(ours.key) or result["record"]
         else:  # its scheduler stopped it
             record = self.ledger.put(self._stopped(ours, result))
             for file in (self.workplace.progress(ours.key), self.workplace.claim(ours.key)):

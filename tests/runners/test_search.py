@@ -19,7 +19,7 @@ from training_support import with_engine
 from benchmarks.errors import InputError
 from benchmarks.job import SEARCH, Engine, Job, Recipe
 from results.ledger import Ledger
-from runners import run
+from runners import execute, run
 from runners.config import Cluster, Distribution, Range, Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
 from runners.placement import Needs, Node
@@ -320,7 +320,7 @@ def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, mo
 
     errors = [OSError(28, "No space left on device", "jobs"), NotADirectoryError(20, "Not a directory", "jobs")]
 
-    def run_job(*_):
+    def run_job(*_, **__):
         raise errors.pop(0)
 
     reported = []
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, mo
     monkeypatch.setattr(tune.tune, "report", reported.append)
     trials = {trial.number: trial for trial in draw_trials(search(), base)}
     place = Workplace(tmp_path, tmp_path, "test")
-    tune._work({"number": 1}, trials, place)
+    tune._work({"number": 1}, trials, place, search())
     assert not errors
     assert isinstance(reported[0]["error"], NotADirectoryError)
     keeper = tune._Keeper(trials, search(), place, lambda *_: pytest.fail("a record"))
@@ -338,6 +338,67 @@ def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, mo
     keeper.on_trial_complete(1, [], SimpleNamespace(config={"number": 1}, last_result=reported[0]))
     assert stop.stop_all()
     assert [error.filename for error in keeper.errors] == ["jobs"]
+    assert not list(Ledger(place.ledger).records())
+
+
+def worked(trial, asked, place, monkeypatch) -> list[dict]:
+    """What the worker of a trial reports to Tune."""
+    from runners import tune
+
+    reported = []
+    monkeypatch.setattr(tune.tune, "report", reported.append)
+    tune._work({"number": trial.number}, {trial.number: trial}, place, asked)
+    return reported
+
+
+def kept(trial, asked, place, result):
+    """The record of a trial that Tune ends after this result."""
+    from runners import tune
+
+    found = []
+    keeper = tune._Keeper({trial.number: trial}, asked, place, lambda trial, record, messages: found.append(record))
+    ended = SimpleNamespace(config={"number": trial.number}, last_result=result)
+    keeper.on_trial_complete(1, [], ended)
+    if keeper.errors:
+        raise keeper.errors[0]
+    return found[0]
+
+
+def test_a_trial_that_another_search_of_the_folder_stopped_meanwhile_is_not_run_again(base, monkeypatch, tmp_path):
+    asked = search()
+    trial = draw_trials(asked, base)[1]
+    place = Workplace(tmp_path, tmp_path, "test")
+    standing = Ledger(place.ledger).put(trial_record(trial, [5.0, 6.0], "stopped", stopped_by=stopped_by(asked)))
+    measured = []
+
+    def measure(*arguments):
+        measured.append(arguments)
+        return trial_record(trial, [7.0])
+
+    monkeypatch.setattr(execute, "_measure", measure)
+    monkeypatch.setattr(execute, "discard_checkpoints", lambda *_: None)
+    results = worked(trial, asked, place, monkeypatch)
+    assert not measured
+    assert [result["score"] for result in results] == [5.0, 6.0]
+    for result in results:  # the scheduler of this search may stop it at any
+        assert kept(trial, asked, place, result) == standing
+    monkeypatch.setattr(execute, "weights_are_there", lambda *_: True)
+    other = dataclasses.replace(asked, reduction_factor=2.0)  # it might let it go on
+    assert kept(trial, other, place, worked(trial, other, place, monkeypatch)[-1]).done
+    assert len(measured) == 1
+
+
+def test_a_trial_that_was_taken_over_and_has_no_record_yet_is_told(base, monkeypatch, tmp_path):
+    trial = draw_trials(search(), base)[1]
+    place = Workplace(tmp_path, tmp_path, "test")
+
+    def measure(*_):
+        raise execute.Superseded("another worker has taken it over (node 1)")
+
+    monkeypatch.setattr(execute, "_measure", measure)
+    (result,) = worked(trial, search(), place, monkeypatch)
+    record = kept(trial, search(), place, result)
+    assert (record.status, record.reason) == ("failed", "another worker has taken it over (node 1)")
     assert not list(Ledger(place.ledger).records())
 
 
