@@ -84,10 +84,11 @@ class SearchSession(Session):
             records = {trial.number: ledger.get(trial.key) for trial in one.trials}
             one.records = {number: record for number, record in records.items() if is_finished(record, search)}
             searches.append(one)
-            self._introduce(one)
         self.jobs = [trial.job for one in searches for trial in one.missing]
         macs = self._macs()
         check_models(self.jobs, macs)
+        for one in searches:
+            self._introduce(one)
         os.environ.update(ENVIRONMENT)
         free = free_gib()
         self.nodes = self._nodes(self.jobs, free) if self.jobs else []

@@ -144,6 +144,11 @@ def test_an_impossible_search_is_wrong_input(base, changes, parts):
         (["executor=inline"], ["a search needs Ray", "executor=ray"]),
         (["stages=[train]"], ["leave stages=[...] out"]),
         (["seeds=[0,1]"], ["one seed"]),
+        (["models=[hivit_tny]"], ["hivit_tny", "hivit_tiny"]),
+        (
+            ["~search.space.learning_rate", "~search.space.drop_path_rate", "~search.space.batch_size"],
+            ["search.space is empty", "name a field"],
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -152,7 +157,8 @@ def test_wrong_input_is_one_line(overrides, parts, capsys, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "argv", ["run.py"])
     given = ["search=asha", "models=[hivit_tiny]", "plan=true", f"output={tmp_path}", *overrides]
     assert run.main(given) == 1
-    written = capsys.readouterr().err
+    printed, written = capsys.readouterr()
+    assert not printed
     assert written.startswith("error: ")
     assert len(written.strip().splitlines()) == 1
     for part in parts:
