@@ -12,14 +12,16 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from omegaconf import OmegaConf
+from ray.cluster_utils import Cluster as RayCluster
 from tests_support import MINIATURE, configuration
 from training_support import with_engine
 
 from benchmarks.errors import InputError
 from benchmarks.job import SEARCH, Engine, Job, Recipe
 from results.ledger import Ledger
-from runners import execute, run
+from runners import execute, plan_table, run
 from runners.config import Cluster, Distribution, Range, Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
 from runners.placement import Needs, Node
@@ -259,6 +261,18 @@ def test_a_plan_says_what_trials_take_and_a_trial_is_on_one_node(gpus, status, p
         assert part in " ".join((written.err if status else written.out).split())
 
 
+def test_a_plan_of_several_models_has_them_one_after_the_other(capsys, monkeypatch, tmp_path):
+    """Though all trials of both would have room at once."""
+    monkeypatch.setattr(SearchSession, "_nodes", lambda *_: [Node("a", 64)])
+    monkeypatch.setattr(plan_table, "needs", lambda *_: Needs(seconds=600.0))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    models = "models=[hivit_tiny,mit_b0]"
+    given = ["search=asha", "search.trials=2", models, "plan=true", f"output={tmp_path}"]
+    assert run.main([*given, "suite.benchmarks.segmentation.stages=[cost]"]) == 0
+    assert "From start to end about 20 min; no order of the jobs takes less than 20 min" in capsys.readouterr().out
+
+
 def test_tune_is_asked_for_the_type_of_gpu_of_a_node_that_has_all(base, monkeypatch, tmp_path):
     from runners import tune
 
@@ -493,6 +507,44 @@ def test_a_search_that_is_killed_goes_on(command_line, tmp_path, capsys, monkeyp
     assert not list((output / "search").glob(".tune"))
     best = configuration_of(outcome / "recipe" / "best.yaml")
     assert best == first.job.recipe
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="workers would look for GPUs")
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_search_whose_node_is_lost(command_line, monkeypatch, replaced):
+    """Its trial goes on when there is another node, from its checkpoint; else the search ends, and says why."""
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # a lost node is noticed in seconds
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        process = command_line.start(
+            *("search=asha", "search.scores=3", "search.trials=2", "models=[test_mit]", "cluster=auto"),
+            *("suite.benchmarks.classification.stages=[cost]", "suite.benchmarks.segmentation.recipe.iterations=300"),
+            "~search.space.batch_size",
+        )
+        while process.poll() is None and not list(command_line.output.rglob("iter_*.pth")):
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+        cluster.remove_node(node, allow_graceful=False)
+        if replaced:
+            cluster.add_node(num_cpus=1)
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert "Traceback" not in printed, printed
+    found = records(command_line.output).values()
+    if replaced:
+        assert process.returncode == 0, printed
+        assert {record.status for record in found} <= {"done", "stopped"}
+        assert any(str(record.details.get("resumed_from")).startswith("iter_") for record in found), printed
+    else:
+        assert process.returncode == 1, printed
+        said = "trial 0 of test_mit (segmentation) needs CPUs, and the cluster has no node with any: nodes were lost; "
+        assert f"error: {said}" in printed
+        assert not found
 
 
 @pytest.mark.long
