@@ -282,8 +282,8 @@ class _Stop(tune.Stopper):
             elif now - self.fine > SECONDS_FOR_NODES:
                 self.errors.append(
                     InputError(
-                        f"{why}: nodes were lost; what is finished is kept, and the same command continues on a "
-                        "cluster that has them"
+                        f"{why}: nodes were lost; finished trials are kept, and the same command continues once there "
+                        "are nodes again"
                     )
                 )
         return bool(self.errors)

@@ -534,7 +534,8 @@ def test_a_search_whose_node_is_lost(command_line, monkeypatch, replaced):
         printed, _ = process.communicate(timeout=300)
     finally:
         cluster.shutdown()
-    assert "Traceback" not in printed, printed
+    print(printed)
+    assert "Traceback" not in printed
     found = records(command_line.output).values()
     if replaced:
         assert process.returncode == 0, printed
