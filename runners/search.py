@@ -200,7 +200,7 @@ class SearchSession(Session):
 
         known = [one.records[number] for number in sorted(one.records)]
         (needs,) = self._needs([one.training]).values()
-        tune.run(one.missing, known, self.config.search, self.workplace, needs, finished)
+        tune.run(one.missing, known, self.config.search, self.workplace, needs, finished, self._tell)
 
     def _conclude(self, one: _One) -> bool:
         """Prints and writes the outcome; whether every trial has one."""

@@ -31,7 +31,7 @@ from results.record import Record
 from results.rows import METRIC
 from runners.config import Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
-from runners.executors import RETRIES, Tries, tell_nobody
+from runners.executors import RETRIES, Tell, Tries, tell_nobody
 from runners.placement import Needs, Node, Schedule, Share, problem
 from runners.provenance import provenance
 from runners.ray_executor import SECONDS_FOR_NODES, alive_nodes
@@ -112,6 +112,7 @@ def run(
     workplace: Workplace,
     needs: Needs,
     finished: Finished,
+    tell: Tell = tell_nobody,
 ) -> None:
     """Runs `trials` on the Ray that this process is connected to; calls `finished` as each ends, however it ends.
 
@@ -124,6 +125,7 @@ def run(
         workplace: Where to read and write.
         needs: What a trial takes of the cluster.
         finished: Gets the trial, its record and lines for the user.
+        tell: Gets a line for the user.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; the other trials end too.
@@ -135,7 +137,7 @@ def run(
     for record in known:
         learned.learn_record(record)
     folder = _folder(workplace.output / "search" / ".tune")
-    keeper = _Keeper(by_number, search, workplace, finished)
+    keeper = _Keeper(by_number, search, workplace, finished, tell)
 
     def lost() -> str | None:
         nodes = alive_nodes()
@@ -304,11 +306,19 @@ def _silent() -> Iterator[None]:
 class _Keeper(tune.Callback):
     """Takes what Tune says of trials to the ledger and to the user."""
 
-    def __init__(self, trials: Mapping[int, Trial], search: Search, workplace: Workplace, finished: Finished):
+    def __init__(
+        self,
+        trials: Mapping[int, Trial],
+        search: Search,
+        workplace: Workplace,
+        finished: Finished,
+        tell: Tell = tell_nobody,
+    ):
         self.trials = trials
         self.search = search
         self.workplace = workplace
         self.finished = finished
+        self.tell = tell
         self.ledger = Ledger(workplace.ledger)
         self.errors: list[Exception] = []
 
@@ -338,7 +348,9 @@ class _Keeper(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Its worker died: it does not run until Tune starts it again."""
-        self.workplace.progress(self.trials[trial.config["number"]].key).unlink(missing_ok=True)
+        ours = self.trials[trial.config["number"]]
+        self.workplace.progress(ours.key).unlink(missing_ok=True)
+        self.tell(f"{ours.title}: its worker died; it goes on from its last checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours, error = self.trials[trial.config["number"]], trial.get_pickled_error()

@@ -536,6 +536,7 @@ def test_a_search_whose_node_is_lost(command_line, monkeypatch, replaced):
         cluster.shutdown()
     print(printed)
     assert "Traceback" not in printed
+    assert "trial 0 of test_mit (segmentation): its worker died; it goes on from its last checkpoint" in printed
     found = records(command_line.output).values()
     if replaced:
         assert process.returncode == 0, printed
