@@ -67,6 +67,7 @@ def run_job(
     workplace: Workplace,
     watch: Callable[[dict[str, Any]], None] | None = None,
     launch: Launch | None = None,
+    finished: Callable[[Record], bool] = lambda record: record.done,
 ) -> tuple[Record, list[str]]:
     """Runs a job that the ledger does not have yet, and writes its record.
 
@@ -79,6 +80,7 @@ def run_job(
         workplace: Where to read and write.
         watch: Called with all that the job says of its progress; what it raises ends the job.
         launch: Starts the processes of a group; None: on this machine.
+        finished: Whether a job with this record is not to be run again.
 
     Returns:
         The record, and one line for each thing that the user should know (damaged files and the like).
@@ -104,7 +106,7 @@ def run_job(
         if record is not None and record.done and not weights_are_there(record, workplace.output):
             ledger.retire(job.key, "its weights are missing or damaged")
             record = None
-        if record is None or not record.done:
+        if record is None or not finished(record):
             tell.claim = _Claim(workplace.claim(job.key))
             tell({"fraction": 0.0, "text": "starting"}, force=True)
             record = _measure(job, workplace, ledger, messages, tell, launch)
@@ -117,7 +119,7 @@ def run_job(
         return record, messages
     except Superseded as error:
         record = ledger.get(job.key)
-        if record is None or not record.done:
+        if record is None or not finished(record):
             record = make_record(job, "failed", str(error))  # not kept: the other worker's record will stand
         return record, messages
     except OSError as error:

@@ -65,8 +65,17 @@ def _hours(job: Job, macs: Mapping[str, float]) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
 
 
-def plan_summary(jobs: Sequence[Job], missing: set[str], macs: Mapping[str, float], nodes: Sequence[Node]) -> list[str]:
-    """What the jobs of `missing` take together, and what that is based on, as lines for people."""
+def plan_summary(
+    jobs: Sequence[Job],
+    missing: set[str],
+    macs: Mapping[str, float],
+    nodes: Sequence[Node],
+    turns: Sequence[Sequence[Job]] | None = None,
+) -> list[str]:
+    """What the jobs of `missing` take together, and what that is based on, as lines for people.
+
+    `turns`: the jobs of `missing` in parts, each of which begins when the one before has ended; None: all in one.
+    """
     left = [job for job in jobs if job.key in missing]
     if not left:
         return ["Nothing is left to do."]
@@ -76,12 +85,15 @@ def plan_summary(jobs: Sequence[Job], missing: set[str], macs: Mapping[str, floa
         f"To do: {len(left)} of {len(jobs)} jobs, about {hours:,.1f} GPU hours, on {len(nodes)} "
         f"machine{'s' * (len(nodes) > 1)} with {gpus or 'no'} GPU{'s' * (gpus != 1)} and {cpus} CPUs."
     ]
-    asked = {job.key: needs(job, macs, nodes) for job in left}
-    found = simulate(asked, {job.key: job.depends_on for job in left}, nodes)
-    if len(found.spans) == len(left):
+    parts = [
+        simulate({job.key: needs(job, macs, nodes) for job in turn}, {job.key: job.depends_on for job in turn}, nodes)
+        for turn in ([left] if turns is None else turns)
+    ]
+    if sum(len(part.spans) for part in parts) == len(left):
+        makespan, bound = sum(part.makespan for part in parts), sum(part.lower_bound for part in parts)
         lines.append(
-            f"From start to end about {duration(found.makespan)}; no order of the jobs takes less than "
-            f"{duration(found.lower_bound)}{'' if gpus else ' (one CPU core taken for 0.02 TMAC/s)'}."
+            f"From start to end about {duration(makespan)}; no order of the jobs takes less than "
+            f"{duration(bound)}{'' if gpus else ' (one CPU core taken for 0.02 TMAC/s)'}."
         )
     if any(job.recipe for job in left):
         lines.append(ASSUMED)

@@ -84,17 +84,18 @@ class SearchSession(Session):
             records = {trial.number: ledger.get(trial.key) for trial in one.trials}
             one.records = {number: record for number, record in records.items() if is_finished(record, search)}
             searches.append(one)
-            self._introduce(one)
         self.jobs = [trial.job for one in searches for trial in one.missing]
         macs = self._macs()
         check_models(self.jobs, macs)
+        for one in searches:
+            self._introduce(one)
         os.environ.update(ENVIRONMENT)
         free = free_gib()
         self.nodes = self._nodes(self.jobs, free) if self.jobs else []
         if self.config.plan:
             for one in searches:
                 self._print_trials(one, one.trials)
-            self._print_plan(self.jobs, count_macs(self.jobs, macs))
+            self._print_search_plan(searches, count_macs(self.jobs, macs))
         self._check_places(self.jobs)
         if self.config.plan:
             return COMPLETE
@@ -140,13 +141,13 @@ class SearchSession(Session):
         if len(one.trials) < search.trials:
             self._tell(f"the space has only {len(one.trials)} different recipes, not {search.trials}")
 
-    def _print_plan(self, missing: list[Job], macs: Mapping[str, float]) -> None:
-        """What the trials take, if none is stopped early."""
-        shown = self.jobs, {job.key for job in missing}, macs, self.nodes
-        asked = self._needs(missing, macs)
-        for text in dict.fromkeys(f"{job.label}: each trial takes {takes(asked[job.key])}." for job in missing):
+    def _print_search_plan(self, searches: Sequence[_One], macs: Mapping[str, float]) -> None:
+        """What the trials take, if none is stopped early; the models are searched one after the other."""
+        asked = self._needs(self.jobs, macs)
+        for text in dict.fromkeys(f"{job.label}: each trial takes {takes(asked[job.key])}." for job in self.jobs):
             self.console.print(text, soft_wrap=True, highlight=False)
-        for line in plan_summary(*shown):
+        turns = [[trial.job for trial in one.missing] for one in searches]
+        for line in plan_summary(self.jobs, set(asked), macs, self.nodes, turns):
             self.console.print(line, soft_wrap=True, highlight=False)
 
     def _check_places(self, missing: list[Job]) -> None:
@@ -199,7 +200,7 @@ class SearchSession(Session):
 
         known = [one.records[number] for number in sorted(one.records)]
         (needs,) = self._needs([one.training]).values()
-        tune.run(one.missing, known, self.config.search, self.workplace, needs, finished)
+        tune.run(one.missing, known, self.config.search, self.workplace, needs, finished, self._tell)
 
     def _conclude(self, one: _One) -> bool:
         """Prints and writes the outcome; whether every trial has one."""

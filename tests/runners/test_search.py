@@ -12,14 +12,16 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from omegaconf import OmegaConf
+from ray.cluster_utils import Cluster as RayCluster
 from tests_support import MINIATURE, configuration
 from training_support import with_engine
 
 from benchmarks.errors import InputError
 from benchmarks.job import SEARCH, Engine, Job, Recipe
 from results.ledger import Ledger
-from runners import run
+from runners import execute, plan_table, run
 from runners.config import Cluster, Distribution, Range, Scheduler, Search
 from runners.execute import Workplace, make_record, run_job
 from runners.placement import Needs, Node
@@ -144,6 +146,11 @@ def test_an_impossible_search_is_wrong_input(base, changes, parts):
         (["executor=inline"], ["a search needs Ray", "executor=ray"]),
         (["stages=[train]"], ["leave stages=[...] out"]),
         (["seeds=[0,1]"], ["one seed"]),
+        (["models=[hivit_tny]"], ["hivit_tny", "hivit_tiny"]),
+        (
+            ["~search.space.learning_rate", "~search.space.drop_path_rate", "~search.space.batch_size"],
+            ["search.space is empty", "name a field"],
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -152,7 +159,8 @@ def test_wrong_input_is_one_line(overrides, parts, capsys, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "argv", ["run.py"])
     given = ["search=asha", "models=[hivit_tiny]", "plan=true", f"output={tmp_path}", *overrides]
     assert run.main(given) == 1
-    written = capsys.readouterr().err
+    printed, written = capsys.readouterr()
+    assert not printed
     assert written.startswith("error: ")
     assert len(written.strip().splitlines()) == 1
     for part in parts:
@@ -253,6 +261,18 @@ def test_a_plan_says_what_trials_take_and_a_trial_is_on_one_node(gpus, status, p
         assert part in " ".join((written.err if status else written.out).split())
 
 
+def test_a_plan_of_several_models_has_them_one_after_the_other(capsys, monkeypatch, tmp_path):
+    """Though all trials of both would have room at once."""
+    monkeypatch.setattr(SearchSession, "_nodes", lambda *_: [Node("a", 64)])
+    monkeypatch.setattr(plan_table, "needs", lambda *_: Needs(seconds=600.0))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    models = "models=[hivit_tiny,mit_b0]"
+    given = ["search=asha", "search.trials=2", models, "plan=true", f"output={tmp_path}"]
+    assert run.main([*given, "suite.benchmarks.segmentation.stages=[cost]"]) == 0
+    assert "From start to end about 20 min; no order of the jobs takes less than 20 min" in capsys.readouterr().out
+
+
 def test_tune_is_asked_for_the_type_of_gpu_of_a_node_that_has_all(base, monkeypatch, tmp_path):
     from runners import tune
 
@@ -275,13 +295,52 @@ def test_tune_is_asked_for_the_type_of_gpu_of_a_node_that_has_all(base, monkeypa
         tune.run(trials, [], search(), place, Needs(4, 1.0, 2, "H200"), print)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "needs", "resources", "room"),
+    [
+        ([(16, 8, None)], Needs(8, 1.0), {"CPU": 2.0, "GPU": 1.0}, 8),  # no GPU is idle for want of CPUs
+        ([(64, 4, None), (16, 8, None)], Needs(8, 1.0), {"CPU": 2.0, "GPU": 1.0}, 12),
+        ([(8, 2, None)], Needs(4, 0.3), {"CPU": 1.2, "GPU": 0.3}, 6),
+        ([(16, 0, None), (2, 0, None)], Needs(4), {"CPU": 4, "GPU": 0.0}, 4),
+        ([(2, 0, None), (1, 0, None)], Needs(4), {"CPU": 2, "GPU": 0.0}, 1),
+        (
+            [(8, 0, None), (8, 1, "A100"), (8, 1, "H100, H100-80G"), (8, 2, "H100-NVL")],
+            Needs(2, 1.0, 1, "H100"),
+            {"CPU": 2, "GPU": 1.0, "accelerator_type:H100-NVL": 0.001},
+            2,
+        ),
+    ],
+)
+def test_trials_take_what_jobs_of_a_suite_would(base, nodes, needs, resources, room):
+    from runners import tune
+
+    nodes = [Node(str(number), *each) for number, each in enumerate(nodes)]
+    found = tune._request(draw_trials(search(trials=30), base), needs, nodes)
+    assert found == (resources, room)
+    assert any(tune._has(node, resources) for node in nodes)
+    assert not tune._has(Node("other", 1, 8), resources | {"accelerator_type:T4": 0.001})
+
+
+def test_a_search_whose_nodes_are_lost_ends(monkeypatch):
+    from runners import tune
+
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    errors, problems = [], [None, "a", None, "b", "c", "d", "e"]
+    stop = tune._Stop(errors, lambda: problems.pop(0))
+    assert [stop.stop_all() for _ in range(6)] == [False] * 6  # it waits for a node as long as a suite does
+    assert stop.stop_all()
+    assert isinstance(errors[0], InputError)
+    assert str(errors[0]).startswith("e: nodes were lost")
+
+
 def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, monkeypatch, tmp_path):
     """One whose disk is full for a moment does not."""
     from runners import executors, tune
 
     errors = [OSError(28, "No space left on device", "jobs"), NotADirectoryError(20, "Not a directory", "jobs")]
 
-    def run_job(*_):
+    def run_job(*_, **__):
         raise errors.pop(0)
 
     reported = []
@@ -290,15 +349,76 @@ def test_a_folder_that_cannot_be_written_ends_a_search_without_a_record(base, mo
     monkeypatch.setattr(tune.tune, "report", reported.append)
     trials = {trial.number: trial for trial in draw_trials(search(), base)}
     place = Workplace(tmp_path, tmp_path, "test")
-    tune._work({"number": 1}, trials, place)
+    tune._work({"number": 1}, trials, place, search())
     assert not errors
     assert isinstance(reported[0]["error"], NotADirectoryError)
     keeper = tune._Keeper(trials, search(), place, lambda *_: pytest.fail("a record"))
-    stop = tune._AtAnError(keeper.errors)
+    stop = tune._Stop(keeper.errors, lambda: None)
     assert not stop.stop_all()
     keeper.on_trial_complete(1, [], SimpleNamespace(config={"number": 1}, last_result=reported[0]))
     assert stop.stop_all()
     assert [error.filename for error in keeper.errors] == ["jobs"]
+    assert not list(Ledger(place.ledger).records())
+
+
+def worked(trial, asked, place, monkeypatch) -> list[dict]:
+    """What the worker of a trial reports to Tune."""
+    from runners import tune
+
+    reported = []
+    monkeypatch.setattr(tune.tune, "report", reported.append)
+    tune._work({"number": trial.number}, {trial.number: trial}, place, asked)
+    return reported
+
+
+def kept(trial, asked, place, result):
+    """The record of a trial that Tune ends after this result."""
+    from runners import tune
+
+    found = []
+    keeper = tune._Keeper({trial.number: trial}, asked, place, lambda trial, record, messages: found.append(record))
+    ended = SimpleNamespace(config={"number": trial.number}, last_result=result)
+    keeper.on_trial_complete(1, [], ended)
+    if keeper.errors:
+        raise keeper.errors[0]
+    return found[0]
+
+
+def test_a_trial_that_another_search_of_the_folder_stopped_meanwhile_is_not_run_again(base, monkeypatch, tmp_path):
+    asked = search()
+    trial = draw_trials(asked, base)[1]
+    place = Workplace(tmp_path, tmp_path, "test")
+    standing = Ledger(place.ledger).put(trial_record(trial, [5.0, 6.0], "stopped", stopped_by=stopped_by(asked)))
+    measured = []
+
+    def measure(*arguments):
+        measured.append(arguments)
+        return trial_record(trial, [7.0])
+
+    monkeypatch.setattr(execute, "_measure", measure)
+    monkeypatch.setattr(execute, "discard_checkpoints", lambda *_: None)
+    results = worked(trial, asked, place, monkeypatch)
+    assert not measured
+    assert [result["score"] for result in results] == [5.0, 6.0]
+    for result in results:  # the scheduler of this search may stop it at any
+        assert kept(trial, asked, place, result) == standing
+    monkeypatch.setattr(execute, "weights_are_there", lambda *_: True)
+    other = dataclasses.replace(asked, reduction_factor=2.0)  # it might let it go on
+    assert kept(trial, other, place, worked(trial, other, place, monkeypatch)[-1]).done
+    assert len(measured) == 1
+
+
+def test_a_trial_that_was_taken_over_and_has_no_record_yet_is_told(base, monkeypatch, tmp_path):
+    trial = draw_trials(search(), base)[1]
+    place = Workplace(tmp_path, tmp_path, "test")
+
+    def measure(*_):
+        raise execute.Superseded("another worker has taken it over (node 1)")
+
+    monkeypatch.setattr(execute, "_measure", measure)
+    (result,) = worked(trial, search(), place, monkeypatch)
+    record = kept(trial, search(), place, result)
+    assert (record.status, record.reason) == ("failed", "another worker has taken it over (node 1)")
     assert not list(Ledger(place.ledger).records())
 
 
@@ -387,6 +507,46 @@ def test_a_search_that_is_killed_goes_on(command_line, tmp_path, capsys, monkeyp
     assert not list((output / "search").glob(".tune"))
     best = configuration_of(outcome / "recipe" / "best.yaml")
     assert best == first.job.recipe
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="workers would look for GPUs")
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_search_whose_node_is_lost(command_line, monkeypatch, replaced):
+    """Its trial goes on when there is another node, from its checkpoint; else the search ends, and says why."""
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # a lost node is noticed in seconds
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "1000")
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        process = command_line.start(
+            *("search=asha", "search.scores=3", "search.trials=2", "models=[test_mit]", "cluster=auto"),
+            *("suite.benchmarks.classification.stages=[cost]", "suite.benchmarks.segmentation.recipe.iterations=300"),
+            "~search.space.batch_size",
+        )
+        while process.poll() is None and not list(command_line.output.rglob("iter_*.pth")):
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[0]
+        cluster.remove_node(node, allow_graceful=False)
+        if replaced:
+            cluster.add_node(num_cpus=1)
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    print(printed)
+    assert "Traceback" not in printed
+    assert "trial 0 of test_mit (segmentation): its worker died; it goes on from its last checkpoint" in printed
+    found = records(command_line.output).values()
+    if replaced:
+        assert process.returncode == 0, printed
+        assert {record.status for record in found} <= {"done", "stopped"}
+        assert any(str(record.details.get("resumed_from")).startswith("iter_") for record in found), printed
+    else:
+        assert process.returncode == 1, printed
+        said = "trial 0 of test_mit (segmentation) needs CPUs, and the cluster has no node with any: nodes were lost; "
+        assert f"error: {said}" in printed
+        assert not found
 
 
 @pytest.mark.long
