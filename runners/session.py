@@ -111,7 +111,7 @@ class Session:
 
         cost = [job for job in missing if job.stage == "cost"]
         rest = [job for job in missing if job.stage != "cost"]
-        self.workplace.output.mkdir(parents=True, exist_ok=True)
+        self.workplace = self.workplace.marked()
         self._execute(counter, cost)  # first, so that the plan below knows what each job will take
         counted = [record for record in self._whole_records() if record.stage == "cost" and record.done]
         if counted:

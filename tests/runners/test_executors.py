@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
+import platform
 import time
 
 import psutil
@@ -13,7 +15,7 @@ from benchmarks.errors import WorkerLost
 from benchmarks.job import Job, Recipe, SpeedSettings
 from results.ledger import Ledger
 from results.record import Record
-from runners import executors, ray_executor
+from runners import execute, executors, ray_executor
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
 from runners.placement import Node
@@ -105,6 +107,21 @@ def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
     assert type(error.value) is OSError
     assert (workplace.output / "starts").read_text() == "x" * (1 + executors.RETRIES)
+
+
+def test_a_machine_that_does_not_share_the_output_folder_writes_nothing_there(workplace, monkeypatch, tmp_path):
+    """It has none, or one of its own; nothing is tried again, and the run says which machine."""
+    monkeypatch.setattr(execute, "SECONDS_TO_SEE", 0.0)
+    marked = workplace.marked()
+    assert marked.marked() == marked
+    marked.check()
+    elsewhere = dataclasses.replace(marked, output=tmp_path / "elsewhere")
+    for _ in ("none", "its own"):
+        with pytest.raises(OSError, match=f"{platform.node()} does not see this folder") as error:
+            executors.Inline(elsewhere, {}).run([job()], lambda record, messages: None)
+        assert error.value.filename == str(elsewhere.output)
+        assert not elsewhere.ledger.exists()
+        dataclasses.replace(elsewhere, mark=None).marked()
 
 
 def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monkeypatch):
