@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NEARLY_FULL = 4 * 2**30  # bytes that may be free on a full disk: a checkpoint that did not fit was removed again
+NOT_SHARED = errno.ENODEV  # of an output folder; no file system says that
 SECONDS_TO_SEE = 30.0  # in which what one machine writes to a shared folder is there on all others
 SHARED_MEMORY = ("/torch_", "/dev/shm")  # in the names of what PyTorch keeps there
 
@@ -71,9 +72,8 @@ class Workplace:
             if time.monotonic() > end:
                 break
             time.sleep(0.5)
-        # No number of `FULL`, which would be tried again.
         reason = f"the machine {platform.node()} does not see this folder; mount the same folder on all machines"
-        raise OSError(errno.ENODEV, reason, str(self.output))
+        raise OSError(NOT_SHARED, reason, str(self.output))
 
     @property
     def _mark(self) -> Path:

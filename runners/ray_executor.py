@@ -19,7 +19,7 @@ from benchmarks.job import Job
 from results.record import Record
 from runners.config import Cluster
 from runners.estimate import needs
-from runners.execute import Workplace, make_record, run_job
+from runners.execute import FULL, NOT_SHARED, Workplace, make_record, run_job
 from runners.executors import Done, Queue, Tell, Tries, outline, silent, tell_nobody
 from runners.placement import Node, Placement, Schedule
 
@@ -104,7 +104,7 @@ class Ray:
                     job = started.job
                     schedule.end(job.key)
                     try:
-                        record, messages = _result(reference)
+                        record, messages = self._result(reference, started)
                     except WorkerLost as error:
                         schedule.update(alive_nodes())  # at once: no job is to be sent to a node that is gone
                         began = not isinstance(error, NeverBegan) or schedule.has(started.nodes)
@@ -149,6 +149,37 @@ class Ray:
         task = ray.remote(run_job_on_nodes).options(**options)
         return task.remote(job, self.workplace, placement), _Running(job, nodes, group)
 
+    def _result(self, reference: Any, started: _Running) -> tuple[Record, list[str]]:
+        """What a task returned.
+
+        Raises:
+            WorkerLost: Ray lost the task.
+            OSError: the output folder's disk is full, or this run's only machine cannot use the folder.
+            InputError: a machine cannot run jobs; it is named.
+        """
+        import ray
+
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause or error
+            known = (*FULL, NOT_SHARED)
+            of_all = isinstance(cause, OSError) and (cause.errno in known or self.cluster is Cluster.local)
+            if of_all or isinstance(cause, WorkerLost | InputError):
+                raise cause from None
+            where = " and ".join(sorted(n["NodeManagerHostname"] for n in ray.nodes() if n["NodeID"] in started.nodes))
+            if isinstance(cause, OSError):
+                reason = f"{cause.filename or self.workplace.output}: {cause.strerror or cause}"
+                advice = "mount the same folder on all machines, and let all write into it"
+            else:  # of a function that cannot be imported there Ray sends the traceback as text
+                reason = str(cause).strip().splitlines()[-1]
+                advice = "install the same packages, and this version of the suite, on all machines"
+            raise InputError(f"the machine {where} cannot run {started.job.title}: {reason}; {advice}") from cause
+        except (ray.exceptions.TaskUnschedulableError, ray.exceptions.TaskPlacementGroupRemoved) as error:
+            raise NeverBegan(f"{type(error).__name__}: it found no place") from None
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(f"{type(error).__name__}: killed, or the machine is out of memory") from None
+
 
 def _free(started: _Running) -> None:
     """Gives back what Ray holds for a group; its tasks end."""
@@ -157,20 +188,6 @@ def _free(started: _Running) -> None:
     if started.group is not None:
         ray.util.remove_placement_group(started.group)
         started.group = None
-
-
-def _result(reference: Any) -> tuple[Record, list[str]]:
-    """What a task returned. Raises what it raised, or WorkerLost where Ray lost it."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.TaskUnschedulableError, ray.exceptions.TaskPlacementGroupRemoved) as error:
-        raise NeverBegan(f"{type(error).__name__}: it found no place") from None
-    except ray.exceptions.RayError as error:
-        raise WorkerLost(f"{type(error).__name__}: killed, or the machine is out of memory") from None
 
 
 def alive_nodes() -> list[Node]:

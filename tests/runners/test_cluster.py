@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import platform
 import random
+import sys
 import threading
 import time
+import types
 
 import psutil
 import pytest
@@ -14,6 +18,7 @@ from safetensors.torch import load_file
 from training_support import SENSITIVE, assert_the_same, curve, job, trained, with_engine
 
 from benchmarks.engine import Context
+from benchmarks.errors import InputError
 from benchmarks.job import Engine, Job, Recipe, SpeedSettings
 from benchmarks.measure import measure
 from results.record import Record
@@ -127,6 +132,26 @@ def test_what_lost_nodes_alone_could_run_is_blocked_after_a_while(two_nodes, mon
     found = two_nodes([large, small(1, recipe=Recipe())])
     assert sorted(record.status for record in found.values()) == ["blocked", "done"]
     assert found[large.key].reason == "it needs 5 GPUs, and the cluster has 4 (H100): nodes were lost"
+
+
+def test_a_machine_that_cannot_run_jobs_is_named(two_nodes, monkeypatch):
+    """One line, whatever is wrong there: a folder that it may not write, code that it has not."""
+
+    def without_rights(job, workplace):
+        raise PermissionError(errno.EACCES, "Permission denied", "/mounted/output")
+
+    monkeypatch.setattr(ray_executor, "run_job", without_rights)
+    start = f"the machine {platform.node()} cannot run train test_mit"
+    with pytest.raises(InputError, match=f"^{start}.*: /mounted/output: Permission denied; mount the same folder"):
+        two_nodes([small(0, recipe=Recipe())])
+    only_here = types.ModuleType("only_here")
+    exec("def run_job(job, workplace): pass", vars(only_here))
+    monkeypatch.setitem(sys.modules, "only_here", only_here)
+    monkeypatch.setattr(ray_executor, "run_job", only_here.run_job)
+    with pytest.raises(
+        InputError, match=rf"^{start}.*: ModuleNotFoundError: No module named 'only_here'; install[^\n]*$"
+    ):
+        two_nodes([small(0, recipe=Recipe())])
 
 
 def test_a_group_on_two_nodes_trains_as_one_process_does(two_nodes, tmp_path):
