@@ -74,14 +74,15 @@ class Ray:
             schedule = Schedule(asked, {job.key: job.depends_on for job in jobs}, nodes)
             queue, tries = Queue(jobs, self.finished), Tries(self.workplace, tell)
             running: dict[Any, _Running] = {}
-            pauses: dict[str, float] = {}  # until when a job that met a full disk waits, and the nodes where it did
+            pauses: dict[str, float] = {}  # until when each job that met a full disk waits
+            closed: dict[str, float] = {}  # and each node where one did
             looked = waited = time.monotonic()
             while queue.waiting or running:
                 for record in queue.hopeless():
                     done(record, [])
                 ready = queue.ready()
-                pauses = {name: until for name, until in pauses.items() if until > time.monotonic()}
-                for key, placement in schedule.start((job.key for job in ready if job.key not in pauses), pauses):
+                pauses, closed = _still(pauses), _still(closed)
+                for key, placement in schedule.start((job.key for job in ready if job.key not in pauses), closed):
                     reference, started = self._start(queue.waiting.pop(key), placement)
                     running[reference] = started
                 if running:
@@ -113,8 +114,8 @@ class Ray:
                             queue.waiting[job.key] = job
                             continue
                     except OSError as error:
-                        pause = time.monotonic() + tries.after_error(job, error)
-                        pauses |= dict.fromkeys((job.key, *started.nodes), pause)
+                        pauses[job.key] = time.monotonic() + tries.after_error(job, error)
+                        closed |= dict.fromkeys(started.nodes, pauses[job.key])
                         schedule.avoid(job.key, started.nodes)
                         queue.waiting[job.key] = job
                         continue
@@ -181,6 +182,11 @@ class Ray:
             raise WorkerLost(f"{type(error).__name__}: killed, or the machine is out of memory") from None
 
 
+def _still(pauses: dict[str, float]) -> dict[str, float]:
+    """Those that are not over."""
+    return {name: until for name, until in pauses.items() if until > time.monotonic()}
+
+
 def _free(started: _Running) -> None:
     """Gives back what Ray holds for a group; its tasks end."""
     import ray
@@ -218,6 +224,7 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     from ray._private import ray_constants
+    from ray._private import worker as ray_worker
     from ray.exceptions import AuthenticationError
 
     if cluster is Cluster.local:  # where Ray was imported before, it did not see that
@@ -257,11 +264,14 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
     if cluster is Cluster.auto:
         head = ray.get_runtime_context().gcs_address
         threading.Thread(target=_watch_head, args=(head, ended), daemon=True).start()
+    printed = ray_worker.print_to_stdstream
+    ray_worker.print_to_stdstream = lambda *_, **__: None  # pages on each lost worker; `Tries` says it in a line
     try:
         yield
     finally:
         ended.set()
         ray.shutdown()
+        ray_worker.print_to_stdstream = printed
 
 
 def _watch_head(address: str, ended: threading.Event) -> None:

@@ -68,7 +68,7 @@ def test_what_is_in_the_ledger_counts_as_done():
     assert [ready.key for ready in queue.ready()] == [second.key]
 
 
-def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
+def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch, capfd):
     """Its first place is a node that is gone, of which Ray tells: no death, since it never began there."""
     look, looks = ray_executor.alive_nodes, []
 
@@ -79,15 +79,25 @@ def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
     def die(job, workplace):
         with open(workplace.output / "starts", "a") as starts:
             starts.write("x")
+        workplace.progress(job.key).touch()
         os._exit(1)
 
-    workplace.output.mkdir()
+    def tell(message):
+        told.append(message)
+        assert not workplace.progress(job().key).exists()
+
+    told = []
+    workplace.progress("").parent.mkdir(parents=True)
     monkeypatch.setattr(ray_executor, "run_job", die)
     monkeypatch.setattr(ray_executor, "alive_nodes", look_too_early)
     monkeypatch.setattr(executors, "RETRIES", 1)
     done = []
-    ray(workplace).run([job()], lambda record, messages: done.append(record))
+    ray(workplace).run([job()], lambda record, messages: done.append(record), tell)
     assert [record.status for record in done] == ["failed"]
+    assert len(told) == 1
+    assert told[0].startswith(f"{job().title}: its worker died (")
+    assert told[0].endswith("); going on from its last checkpoint (retry 1 of 1)")
+    assert "raylet" not in "".join(capfd.readouterr())
     assert "its worker died 2 times" in done[0].reason
     assert (workplace.output / "starts").read_text() == "xx"
     assert Ledger(workplace.ledger).get(job().key) == done[0]
