@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,7 +80,8 @@ class _Room:
             return self.node.cpus
         if not needs.gpus:
             return min(needs.cpus * needs.processes, self.node.cpus)
-        return min(needs.cpus, round(self.node.cpus / max(self.node.gpus, 1) * needs.gpus, 3))
+        share = self.node.cpus / max(self.node.gpus, 1) * needs.gpus
+        return min(needs.cpus, math.floor(share * 1000) / 1000)  # rounded up, the last GPU's share would not be there
 
     def share(self, needs: Needs, processes: int) -> Share:
         cpus = self._cpus(needs) * (processes if needs.gpus else 1)

@@ -142,10 +142,14 @@ def test_shares_of_a_gpu_fill_one_before_the_next():
     assert schedule.rooms["a"].cpus == 16
 
 
-def test_no_gpu_idles_for_want_of_cpus():
-    schedule = placed({str(number): Needs(cpus=8, gpus=1.0) for number in range(4)}, [Node("a", 6, 4)])
-    assert len(schedule.running) == 4
-    assert sum(share.cpus for placement, _ in schedule.running.values() for share in placement) == 6
+@pytest.mark.parametrize(("cpus", "gpus"), [(6, 4), (64, 6), (40, 6), (8, 3), (2, 3)])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_no_gpu_idles_for_want_of_cpus(cpus, gpus, share):
+    jobs = round(gpus / share)
+    schedule = placed({str(number): Needs(cpus=32, gpus=share) for number in range(jobs)}, [Node("a", cpus, gpus)])
+    assert len(schedule.running) == jobs
+    taken = sum(share.cpus for placement, _ in schedule.running.values() for share in placement)
+    assert cpus - 0.001 * jobs <= taken <= cpus
 
 
 def test_timings_have_a_node_or_a_device_to_themselves_and_come_first():
