@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from benchmarks.errors import InputError, WorkerLost
@@ -27,6 +28,7 @@ SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they
 
 
 SECONDS_FOR_HEAD = 40.0  # that a cluster's head may be out of reach; after 60 Ray ends the process, in its own words
+SECONDS_FOR_OWN_HEAD = 5.0  # the same on this machine, where nothing but its end puts it out of reach
 
 
 class NeverBegan(WorkerLost):
@@ -261,9 +263,8 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Ray cannot start on this machine: {reason}; executor=inline does without") from error
     ended = threading.Event()
-    if cluster is Cluster.auto:
-        head = ray.get_runtime_context().gcs_address
-        threading.Thread(target=_watch_head, args=(head, ended), daemon=True).start()
+    watched = ray.get_runtime_context().gcs_address, cluster, ended
+    threading.Thread(target=_watch_head, args=watched, daemon=True).start()
     printed = ray_worker.print_to_stdstream
     ray_worker.print_to_stdstream = lambda *_, **__: None  # pages on each lost worker; `Tries` says it in a line
     try:
@@ -274,8 +275,10 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
         ray_worker.print_to_stdstream = printed
 
 
-def _watch_head(address: str, ended: threading.Event) -> None:
+def _watch_head(address: str, cluster: Cluster, ended: threading.Event) -> None:
     """Ends this process with one line once the head is gone: no call to Ray would come back before Ray does so."""
+    own = cluster is Cluster.local
+    seconds = SECONDS_FOR_OWN_HEAD if own else SECONDS_FOR_HEAD
     host, _, port = address.rpartition(":")
     answered = time.monotonic()
     while not ended.wait(1.0):
@@ -283,14 +286,19 @@ def _watch_head(address: str, ended: threading.Event) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
             answered = time.monotonic()
         except OSError:
-            if time.monotonic() - answered > SECONDS_FOR_HEAD:
+            if time.monotonic() - answered > seconds:
                 break
     if not ended.is_set():
         Console().show_cursor()  # the live view hides it
+        whose, where = ("this run's own Ray", "") if own else ("the Ray cluster", " on a cluster that runs")
         print(
-            f"\nerror: the head of the Ray cluster ({address}) has been out of reach for {SECONDS_FOR_HEAD:.0f} s; "
-            "finished jobs are kept, and the same command continues on a cluster that runs",
+            f"\nerror: the head of {whose} ({address}) has been out of reach for {seconds:.0f} s; "
+            f"finished jobs are kept, and the same command continues{where}",
             file=sys.stderr,
             flush=True,
         )
+        if own:  # what it started there would look for the head for minutes
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
         os._exit(1)
