@@ -218,12 +218,14 @@ GROUP = ["suite.benchmarks.classification.recipe.batch_size=10", "suite.benchmar
         (
             True,
             ["suite.speed.device=cuda", "suite.speed.gpu_type=H200", "stages=[speed]"],
-            "speed test_mit (classification) needs a GPU of the type H200, and the cluster has 4 (H100)",
+            "speed test_mit (classification) needs a GPU of the type H200, and the cluster has 4 (H100); "
+            "change suite.speed.device=cuda and suite.speed.gpu_type=H200, or add nodes (",
         ),
         (
             False,
             ["suite.benchmarks.classification.recipe.engine.processes=5", *GROUP, "stages=[train]"],
-            "train test_mit (classification) needs 5 GPUs, and the cluster has 4 (H100)",
+            "train test_mit (classification) needs 5 GPUs, and the cluster has 4 (H100); "
+            "change recipe.engine.processes=5, or add nodes (",
         ),
     ],
 )
@@ -235,7 +237,7 @@ def test_gpus_that_the_cluster_has_not(plan, overrides, said, address, monkeypat
     arguments = command_line.command("models=[test_mit]", "cluster=auto", f"plan={plan}", *overrides)[2:]
     assert run.main(arguments) == 1
     printed, error = capsys.readouterr()
-    assert error.startswith(f"error: {said}; ")
+    assert error.startswith(f"error: {said}")
     assert len(error.strip().splitlines()) == 1
     assert ("needs" in printed) == plan
     assert not (command_line.output / "ledger").exists()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import os
 import platform
 import time
 
 import psutil
 import pytest
+from rich.console import Console
+from tests_support import configuration
 
-from benchmarks.errors import WorkerLost
+from benchmarks.errors import InputError, WorkerLost
 from benchmarks.job import Job, Recipe, SpeedSettings
 from results.ledger import Ledger
 from results.record import Record
-from runners import execute, executors, ray_executor
+from runners import execute, executors, ray_executor, session
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
 from runners.placement import Node
@@ -155,6 +158,31 @@ def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monke
     assert workplace.output / done[1].artifacts["log"] == log
     assert done[1].reason == "its worker died 4 times (process 1 of its group died (signal 9))"
     assert Ledger(workplace.ledger).get(job().key) == done[1]
+
+
+@pytest.mark.parametrize("log", [None, "jobs/it/log.txt"])
+def test_a_failed_job_names_its_log_where_it_has_one(log, tmp_path):
+    printed = io.StringIO()
+    settings = configuration("suite=demo", "stages=[cost]", f"output={tmp_path}")
+    run = session.Session(settings, "test", Console(file=printed, width=100), 0.0)
+    run.jobs = [job()]
+    run.records[job().key] = make_record(job(), "failed", "no luck", artifacts={"log": log} if log else {})
+    assert run._close(computed=1) == session.INCOMPLETE
+    (said,) = (line for line in printed.getvalue().splitlines() if line.startswith("Failed: "))
+    assert said.endswith(f"no luck; its log: {tmp_path}/{log}" if log else "no luck")
+
+
+def test_gpus_that_this_machine_has_not_are_said_with_the_setting_that_asks_for_them(tmp_path):
+    settings = configuration("suite=demo", "executor=ray", f"output={tmp_path}")
+    run = session.Session(settings, "test", Console(file=io.StringIO()), 0.0)
+    run.nodes = [Node("here", cpus=4)]
+    timed = job("speed", speed=SpeedSettings(device="cuda"), recipe=None)
+    with pytest.raises(InputError) as error:
+        run._check_places([job(), timed])
+    assert str(error.value) == (
+        "speed test_mit (classification) needs a GPU, and this machine has none; change suite.speed.device=cuda, or "
+        "run on a cluster with cluster=auto (plan=true shows all needs)"
+    )
 
 
 def counts(sizes) -> list[Job]:
