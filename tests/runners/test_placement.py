@@ -167,6 +167,12 @@ def test_timings_have_a_node_or_a_device_to_themselves_and_come_first():
     assert list(placed({"long": Needs(seconds=9), "cpu": timed["cpu"]}, [plain]).running) == ["cpu"]
 
 
+def test_timings_on_cpus_are_part_of_the_lower_bound():
+    asked = {str(number): Needs(alone=True, seconds=3) for number in range(5)}
+    found = simulate(asked, dict.fromkeys(asked, ()), [Node("plain", 8), Node("other", 8), Node("small", 4)])
+    assert (found.lower_bound, found.makespan) == (7.5, 9)
+
+
 def test_the_job_that_begins_the_longest_chain_starts_first():
     asked = {
         "long": Needs(gpus=1.0, seconds=5),
