@@ -40,14 +40,16 @@ def counted(key: str, output: Path) -> list[tuple[str, int]]:
 def count(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
     """The real `run_job` with a measurement that counts to its number of steps, and keeps a checkpoint after each.
 
-    Its outcome depends on the seed and on every step. A job of 0 steps counts until the file `end` is there.
+    Its outcome depends on the seed and on every step. A job of 0 steps counts until the file `end` is there,
+    and at least once in each try, so that none goes unseen.
     """
 
     def measure(job, workplace, ledger, messages, tell, launch):
         steps, this = json.loads(workplace.command), f"{os.getpid()}-{secrets.token_hex(3)}"
         checkpoint = workplace.output / "steps" / f"{job.key}.json"
         step, state = json.loads(checkpoint.read_text()) if checkpoint.exists() else (0, 0.0)
-        while step < max(steps, 1) or not (steps or (workplace.output / "end").exists()):
+        begun = step
+        while step < steps or (not steps and (step == begun or not (workplace.output / "end").exists())):
             with open(checkpoint.with_suffix(".log"), "a") as log:
                 log.write(f"{this} {step}\n")
             time.sleep(SECONDS)
