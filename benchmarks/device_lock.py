@@ -1,5 +1,6 @@
 """One timing at a time on a device of this machine, whichever run, user or output folder it belongs to."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+# Of all processes, whatever TMPDIR a user or a scheduler gives each.
+FOLDER = Path("/tmp" if os.name == "posix" else tempfile.gettempdir())
 SECONDS = 1.0  # between two words of who waits
 
 
@@ -21,7 +24,7 @@ def alone_on(device: str, waiting: Callable[[], None]) -> Iterator[str | None]:
     Yields:
         None, or a line that says why there is no lock here: a timing is taken without it.
     """
-    path = Path(tempfile.gettempdir()) / f"hires-vit-benchmark-{_name(device)}.lock"
+    path = FOLDER / f"hires-vit-benchmark-{_name(device)}.lock"
     lock = FileLock(path, mode=0o666)  # for all users
     problem = None
     while True:

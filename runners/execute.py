@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import io
@@ -15,7 +16,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NEARLY_FULL = 4 * 2**30  # bytes that may be free on a full disk: a checkpoint that did not fit was removed again
+NOT_SHARED = errno.ENODEV  # of an output folder; no file system says that
+SECONDS_TO_SEE = 30.0  # in which what one machine writes to a shared folder is there on all others
 SHARED_MEMORY = ("/torch_", "/dev/shm")  # in the names of what PyTorch keeps there
 
 
@@ -41,13 +43,41 @@ class Superseded(Exception):
     """Another worker has taken the job over: what this one does counts no more."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Workplace:
     """Where the jobs of a run read and write; travels to the workers."""
 
     output: Path
     data_root: Path
     command: str
+    mark: str | None = None  # what a file of the output folder says, on each machine that shares it; None: not checked
+
+    def marked(self) -> Workplace:
+        """The same with its folder made and marked, for workers to know it by. Raises OSError: it cannot be written."""
+        self._mark.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._mark.with_suffix(".lock")):  # another run may begin here, too
+            if not self._mark.exists():
+                write_atomic(self._mark, secrets.token_hex(8))
+        return dataclasses.replace(self, mark=self._mark.read_text())
+
+    def check(self) -> None:
+        """Raises OSError where the output folder is another one than that of who began the run, or is not there."""
+        if self.mark is None:
+            return
+        end = time.monotonic() + SECONDS_TO_SEE
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                if self._mark.read_text() == self.mark:
+                    return
+            if time.monotonic() > end:
+                break
+            time.sleep(0.5)
+        reason = f"the machine {platform.node()} does not see this folder; mount the same folder on all machines"
+        raise OSError(NOT_SHARED, reason, str(self.output))
+
+    @property
+    def _mark(self) -> Path:
+        return self.output / "locks" / "output.id"
 
     @property
     def ledger(self) -> Path:
@@ -88,8 +118,9 @@ def run_job(
     Raises:
         WorkerLost: a process of the job's group died; there is no record, and the job may be begun again.
         OSError: the output folder cannot be written. A full disk is no error of the job, which goes on from its last
-            checkpoint once there is space.
+            checkpoint once there is space. Nor is a folder that this machine does not share with who began the run.
     """
+    workplace.check()  # else results would be written where nobody finds them
     messages: list[str] = []
     ledger = Ledger(workplace.ledger, messages.append)
     tell = _Progress(workplace.progress(job.key), watch)

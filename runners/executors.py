@@ -66,7 +66,10 @@ class Tries:
     def after_death(self, job: Job, error: WorkerLost) -> Record | None:
         """None: the job may go on from its last checkpoint. Else its record: it has been given up."""
         self.deaths[job.key] += 1
+        self.workplace.progress(job.key).unlink(missing_ok=True)  # else it would be shown as running
         if self.deaths[job.key] <= RETRIES:
+            tries = f"retry {self.deaths[job.key]} of {RETRIES}"
+            self.tell(f"{job.title}: its worker died ({error}); going on from its last checkpoint ({tries})")
             return None
         return Ledger(self.workplace.ledger).put(worker_died(job, self.workplace, self.deaths[job.key], error))
 

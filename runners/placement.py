@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,7 +80,8 @@ class _Room:
             return self.node.cpus
         if not needs.gpus:
             return min(needs.cpus * needs.processes, self.node.cpus)
-        return min(needs.cpus, round(self.node.cpus / max(self.node.gpus, 1) * needs.gpus, 3))
+        share = self.node.cpus / max(self.node.gpus, 1) * needs.gpus
+        return min(needs.cpus, math.floor(share * 1000) / 1000)  # rounded up, the last GPU's share would not be there
 
     def share(self, needs: Needs, processes: int) -> Share:
         cpus = self._cpus(needs) * (processes if needs.gpus else 1)
@@ -202,10 +204,8 @@ def _place(needs: Needs, rooms: Sequence[_Room], all_rooms: Iterable[_Room], fir
     """Where in `rooms` the job can start now; `first`: in the first that has room rather than the best."""
     all_rooms = list(all_rooms)
     if needs.alone:
-        # Always on nodes of the same kind, so that times can be compared: the widest without GPUs, if there are such.
-        plain = [room.node for room in all_rooms if not room.node.gpus] or [room.node for room in all_rooms]
-        widest = max((node.cpus for node in plain), default=0)
-        able = [room for room in rooms if room.idle and room.node in plain and room.node.cpus == widest]
+        timers = _for_timings([room.node for room in all_rooms])
+        able = [room for room in rooms if room.idle and room.node in timers]
         return (able[0].share(needs, 1),) if able else None
     able = [room for room in rooms if room.processes(needs) == needs.processes]
     if able:
@@ -220,6 +220,13 @@ def _place(needs: Needs, rooms: Sequence[_Room], all_rooms: Iterable[_Room], fir
             shares.append(room.share(needs, here))
             left -= here
     return None if left else tuple(shares)
+
+
+def _for_timings(nodes: Sequence[Node]) -> list[Node]:
+    """Always of the same kind, so that times on CPUs can be compared: the widest without GPUs, if there are such."""
+    plain = [node for node in nodes if not node.gpus] or nodes
+    widest = max((node.cpus for node in plain), default=0)
+    return [node for node in plain if node.cpus == widest]
 
 
 def _chains(needs: Mapping[str, Needs], depends_on: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -274,9 +281,11 @@ def simulate(needs: Mapping[str, Needs], depends_on: Mapping[str, Sequence[str]]
                     ready.add(each)
     done = {key: each for key, each in needs.items() if key in spans}
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    timers = _for_timings(nodes)
     bounds = [
         sum(each.device_seconds for each in done.values() if each.gpus) / max(gpus, 1),
         sum(each.device_seconds for each in done.values() if not each.gpus and not each.alone) / max(cpus, 1),
+        sum(each.seconds for each in done.values() if each.alone) / max(len(timers), 1),
         *_chains(done, depends_on).values(),
     ]
     return Timeline(spans, max(bounds))

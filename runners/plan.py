@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ def make_jobs(config: Config) -> list[Job]:
     suite = config.suite
     all_stages = stages_of(config)
     choose("precision", suite.precision, PRECISIONS, f"suite {suite.name}")
+    if not re.fullmatch(r"cuda:\d+", suite.speed.device):
+        choose("device", suite.speed.device, ("cpu", "cuda"), f"suite {suite.name}: speed")
     for name in ("models", "seeds"):
         if getattr(config, name) == []:
             raise InputError(f"{name}=[] leaves nothing to run; name at least one, or leave the setting out")

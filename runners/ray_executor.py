@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from benchmarks.errors import InputError, WorkerLost
@@ -19,7 +20,7 @@ from benchmarks.job import Job
 from results.record import Record
 from runners.config import Cluster
 from runners.estimate import needs
-from runners.execute import Workplace, make_record, run_job
+from runners.execute import FULL, NOT_SHARED, Workplace, make_record, run_job
 from runners.executors import Done, Queue, Tell, Tries, outline, silent, tell_nobody
 from runners.placement import Node, Placement, Schedule
 
@@ -27,6 +28,7 @@ SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they
 
 
 SECONDS_FOR_HEAD = 40.0  # that a cluster's head may be out of reach; after 60 Ray ends the process, in its own words
+SECONDS_FOR_OWN_HEAD = 5.0  # the same on this machine, where nothing but its end puts it out of reach
 
 
 class NeverBegan(WorkerLost):
@@ -74,14 +76,15 @@ class Ray:
             schedule = Schedule(asked, {job.key: job.depends_on for job in jobs}, nodes)
             queue, tries = Queue(jobs, self.finished), Tries(self.workplace, tell)
             running: dict[Any, _Running] = {}
-            pauses: dict[str, float] = {}  # until when a job that met a full disk waits, and the nodes where it did
+            pauses: dict[str, float] = {}  # until when each job that met a full disk waits
+            closed: dict[str, float] = {}  # and each node where one did
             looked = waited = time.monotonic()
             while queue.waiting or running:
                 for record in queue.hopeless():
                     done(record, [])
                 ready = queue.ready()
-                pauses = {name: until for name, until in pauses.items() if until > time.monotonic()}
-                for key, placement in schedule.start((job.key for job in ready if job.key not in pauses), pauses):
+                pauses, closed = _still(pauses), _still(closed)
+                for key, placement in schedule.start((job.key for job in ready if job.key not in pauses), closed):
                     reference, started = self._start(queue.waiting.pop(key), placement)
                     running[reference] = started
                 if running:
@@ -104,7 +107,7 @@ class Ray:
                     job = started.job
                     schedule.end(job.key)
                     try:
-                        record, messages = _result(reference)
+                        record, messages = self._result(reference, started)
                     except WorkerLost as error:
                         schedule.update(alive_nodes())  # at once: no job is to be sent to a node that is gone
                         began = not isinstance(error, NeverBegan) or schedule.has(started.nodes)
@@ -113,8 +116,8 @@ class Ray:
                             queue.waiting[job.key] = job
                             continue
                     except OSError as error:
-                        pause = time.monotonic() + tries.after_error(job, error)
-                        pauses |= dict.fromkeys((job.key, *started.nodes), pause)
+                        pauses[job.key] = time.monotonic() + tries.after_error(job, error)
+                        closed |= dict.fromkeys(started.nodes, pauses[job.key])
                         schedule.avoid(job.key, started.nodes)
                         queue.waiting[job.key] = job
                         continue
@@ -149,6 +152,42 @@ class Ray:
         task = ray.remote(run_job_on_nodes).options(**options)
         return task.remote(job, self.workplace, placement), _Running(job, nodes, group)
 
+    def _result(self, reference: Any, started: _Running) -> tuple[Record, list[str]]:
+        """What a task returned.
+
+        Raises:
+            WorkerLost: Ray lost the task.
+            OSError: the output folder's disk is full, or this run's only machine cannot use the folder.
+            InputError: a machine cannot run jobs; it is named.
+        """
+        import ray
+
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause or error
+            known = (*FULL, NOT_SHARED)
+            of_all = isinstance(cause, OSError) and (cause.errno in known or self.cluster is Cluster.local)
+            if of_all or isinstance(cause, WorkerLost | InputError):
+                raise cause from None
+            where = " and ".join(sorted(n["NodeManagerHostname"] for n in ray.nodes() if n["NodeID"] in started.nodes))
+            if isinstance(cause, OSError):
+                reason = f"{cause.filename or self.workplace.output}: {cause.strerror or cause}"
+                advice = "mount the same folder on all machines, and let all write into it"
+            else:  # of a function that cannot be imported there Ray sends the traceback as text
+                reason = str(cause).strip().splitlines()[-1]
+                advice = "install the same packages, and this version of the suite, on all machines"
+            raise InputError(f"the machine {where} cannot run {started.job.title}: {reason}; {advice}") from cause
+        except (ray.exceptions.TaskUnschedulableError, ray.exceptions.TaskPlacementGroupRemoved) as error:
+            raise NeverBegan(f"{type(error).__name__}: it found no place") from None
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(f"{type(error).__name__}: killed, or the machine is out of memory") from None
+
+
+def _still(pauses: dict[str, float]) -> dict[str, float]:
+    """Those that are not over."""
+    return {name: until for name, until in pauses.items() if until > time.monotonic()}
+
 
 def _free(started: _Running) -> None:
     """Gives back what Ray holds for a group; its tasks end."""
@@ -157,20 +196,6 @@ def _free(started: _Running) -> None:
     if started.group is not None:
         ray.util.remove_placement_group(started.group)
         started.group = None
-
-
-def _result(reference: Any) -> tuple[Record, list[str]]:
-    """What a task returned. Raises what it raised, or WorkerLost where Ray lost it."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (ray.exceptions.TaskUnschedulableError, ray.exceptions.TaskPlacementGroupRemoved) as error:
-        raise NeverBegan(f"{type(error).__name__}: it found no place") from None
-    except ray.exceptions.RayError as error:
-        raise WorkerLost(f"{type(error).__name__}: killed, or the machine is out of memory") from None
 
 
 def alive_nodes() -> list[Node]:
@@ -201,6 +226,7 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
     from ray._private import ray_constants
+    from ray._private import worker as ray_worker
     from ray.exceptions import AuthenticationError
 
     if cluster is Cluster.local:  # where Ray was imported before, it did not see that
@@ -237,18 +263,22 @@ def connected(cluster: Cluster, cpus: int) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Ray cannot start on this machine: {reason}; executor=inline does without") from error
     ended = threading.Event()
-    if cluster is Cluster.auto:
-        head = ray.get_runtime_context().gcs_address
-        threading.Thread(target=_watch_head, args=(head, ended), daemon=True).start()
+    watched = ray.get_runtime_context().gcs_address, cluster, ended
+    threading.Thread(target=_watch_head, args=watched, daemon=True).start()
+    printed = ray_worker.print_to_stdstream
+    ray_worker.print_to_stdstream = lambda *_, **__: None  # pages on each lost worker; `Tries` says it in a line
     try:
         yield
     finally:
         ended.set()
         ray.shutdown()
+        ray_worker.print_to_stdstream = printed
 
 
-def _watch_head(address: str, ended: threading.Event) -> None:
+def _watch_head(address: str, cluster: Cluster, ended: threading.Event) -> None:
     """Ends this process with one line once the head is gone: no call to Ray would come back before Ray does so."""
+    own = cluster is Cluster.local
+    seconds = SECONDS_FOR_OWN_HEAD if own else SECONDS_FOR_HEAD
     host, _, port = address.rpartition(":")
     answered = time.monotonic()
     while not ended.wait(1.0):
@@ -256,14 +286,19 @@ def _watch_head(address: str, ended: threading.Event) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
             answered = time.monotonic()
         except OSError:
-            if time.monotonic() - answered > SECONDS_FOR_HEAD:
+            if time.monotonic() - answered > seconds:
                 break
     if not ended.is_set():
         Console().show_cursor()  # the live view hides it
+        whose, where = ("this run's own Ray", "") if own else ("the Ray cluster", " on a cluster that runs")
         print(
-            f"\nerror: the head of the Ray cluster ({address}) has been out of reach for {SECONDS_FOR_HEAD:.0f} s; "
-            "finished jobs are kept, and the same command continues on a cluster that runs",
+            f"\nerror: the head of {whose} ({address}) has been out of reach for {seconds:.0f} s; "
+            f"finished jobs are kept, and the same command continues{where}",
             file=sys.stderr,
             flush=True,
         )
+        if own:  # what it started there would look for the head for minutes
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
         os._exit(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -23,10 +22,12 @@ SECONDS_TO_END = 30.0  # for the other nodes, once the first process has its out
 
 def run_job_on_nodes(job: Job, workplace: Workplace, placement: Placement) -> tuple[Record, list[str]]:
     """`run_job` within the first bundle of a placement group: the processes of all nodes are started from here."""
-    return run_job(job, workplace, launch=functools.partial(_measure_on_nodes, placement))
+    return run_job(job, workplace, launch=functools.partial(_measure_on_nodes, placement, workplace))
 
 
-def _measure_on_nodes(placement: Placement, job: Job, context: Context, trained: Mapping[str, str]) -> Outcome:
+def _measure_on_nodes(
+    placement: Placement, workplace: Workplace, job: Job, context: Context, trained: Mapping[str, str]
+) -> Outcome:
     group = ray.util.get_current_placement_group()
     rendezvous = f"tcp://{ray.util.get_node_ip_address()}:{_free_port()}"
     others, first = [], placement[0].processes
@@ -39,7 +40,7 @@ def _measure_on_nodes(placement: Placement, job: Job, context: Context, trained:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         )
         part = Part(first, share.processes, rendezvous)
-        others.append(task.remote(part, job, context.output, context.data_root, dict(trained)))
+        others.append(task.remote(part, job, workplace, dict(trained)))
         first += share.processes
 
     def look_after_others() -> None:
@@ -62,8 +63,9 @@ def _measure_on_nodes(placement: Placement, job: Job, context: Context, trained:
             ray.cancel(reference, force=True)
 
 
-def _work_on_node(part: Part, job: Job, output: Path, data_root: Path, trained: Mapping[str, str]) -> None:
-    measure_in_processes(job, Context(output, data_root), trained, part)
+def _work_on_node(part: Part, job: Job, workplace: Workplace, trained: Mapping[str, str]) -> None:
+    workplace.check()
+    measure_in_processes(job, Context(workplace.output, workplace.data_root), trained, part)
 
 
 def _free_port() -> int:

@@ -165,7 +165,7 @@ class SearchSession(Session):
 
         if free < LEAST_GIB:
             raise InputError(f"only {free:.1f} GiB of memory are free; close other programs (a trial needs 1.5 GiB)")
-        self.workplace.output.mkdir(parents=True, exist_ok=True)
+        self.workplace = self.workplace.marked()
         possible = {job.key for job in self._without_blocked([t.job for one in searches for t in one.missing])}
         for one in searches:
             one.records |= {t.number: self.records[t.key] for t in one.missing if t.key not in possible}

@@ -111,7 +111,7 @@ class Session:
 
         cost = [job for job in missing if job.stage == "cost"]
         rest = [job for job in missing if job.stage != "cost"]
-        self.workplace.output.mkdir(parents=True, exist_ok=True)
+        self.workplace = self.workplace.marked()
         self._execute(counter, cost)  # first, so that the plan below knows what each job will take
         counted = [record for record in self._whole_records() if record.stage == "cost" and record.done]
         if counted:
@@ -164,7 +164,11 @@ class Session:
             return  # the job itself finds out, and its record says so
         for job, needed in zip(missing, self._needs(missing).values(), strict=True):
             if why := problem(needed, self.nodes):
-                raise InputError(f"{job.title} {why}; add nodes or choose other settings (plan=true shows all needs)")
+                if self.config.cluster is Cluster.local:
+                    why = why.replace("the cluster", "this machine")
+                advice = f"change {' and '.join(asked)}, or " if (asked := _asked(job)) else ""
+                more = "add nodes" if self.config.cluster is Cluster.auto else "run on a cluster with cluster=auto"
+                raise InputError(f"{job.title} {why}; {advice}{more} (plan=true shows all needs)")
 
     def _slots(self, free: float) -> int:
         """Jobs side by side: of a cluster of several nodes a guess, by which the view foretells the end."""
@@ -266,10 +270,10 @@ class Session:
                 self.console.print(f"  how to get it: {escape(how)}", soft_wrap=True)
             self.console.print("  The same command continues once it is there.")
         for record in failed:
-            log = self.workplace.output / record.artifacts.get("log", "")
+            log = record.artifacts.get("log")
+            where = "" if log is None else f"; its log: {self.workplace.output / log}"
             self.console.print(
-                f"[red]Failed:[/red] {record.stage} {record.model} ({record.task}): {escape(record.reason)}; "
-                f"its log: {escape(str(log))}",
+                f"[red]Failed:[/red] {record.stage} {record.model} ({record.task}): {escape(record.reason + where)}",
                 soft_wrap=True,
             )
         report = self.workplace.output / "report.html"
@@ -315,6 +319,19 @@ class Session:
 
 def _to_place(jobs: Sequence[Job]) -> bool:
     return any(job.stage != "cost" for job in jobs)
+
+
+def _asked(job: Job) -> list[str]:
+    """The settings by which a job asks for machines of a kind."""
+    if job.stage == "speed":
+        settings, place, names = job.speed, "suite.speed", ("device", "gpu_type")
+    elif job.recipe is not None:
+        settings, place, names = job.recipe.engine, "recipe.engine", ("processes", "gpu_type")
+    else:
+        return []
+    default = type(settings)()
+    asked = {name: getattr(settings, name) for name in names}
+    return [f"{place}.{name}={value}" for name, value in asked.items() if value != getattr(default, name)]
 
 
 def _line(record: Record) -> str:

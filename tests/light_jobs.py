@@ -1,6 +1,6 @@
 """A run of jobs that only count, without torch: what the tests of faults kill.
 
-`light_jobs.py OUTPUT JOBS STEPS [SECONDS]`: the last is how long the head of its cluster may be out of reach.
+`light_jobs.py OUTPUT JOBS STEPS [SECONDS [CLUSTER]]`: SECONDS is how long the head of its cluster may be out of reach.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ def counted(key: str, output: Path) -> list[tuple[str, int]]:
 def count(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
     """The real `run_job` with a measurement that counts to its number of steps, and keeps a checkpoint after each.
 
-    Its outcome depends on the seed and on every step. A job of 0 steps counts until the file `end` is there.
+    Its outcome depends on the seed and on every step. A job of 0 steps counts until the file `end` is there,
+    and at least once in each try, so that none goes unseen.
     """
 
     def measure(job, workplace, ledger, messages, tell, launch):
         steps, this = json.loads(workplace.command), f"{os.getpid()}-{secrets.token_hex(3)}"
         checkpoint = workplace.output / "steps" / f"{job.key}.json"
         step, state = json.loads(checkpoint.read_text()) if checkpoint.exists() else (0, 0.0)
-        while step < max(steps, 1) or not (steps or (workplace.output / "end").exists()):
+        begun = step
+        while step < steps or (not steps and (step == begun or not (workplace.output / "end").exists())):
             with open(checkpoint.with_suffix(".log"), "a") as log:
                 log.write(f"{this} {step}\n")
             time.sleep(SECONDS)
@@ -63,7 +65,7 @@ def count(job: Job, workplace: Workplace) -> tuple[Record, list[str]]:
     return execute.run_job(job, workplace)
 
 
-def main(output: Path, number: int, steps: int) -> int:
+def main(output: Path, number: int, steps: int, cluster: Cluster = Cluster.auto) -> int:
     ray_executor.run_job = count  # of this script, which is why Ray sends the function itself
     workplace = Workplace(output, output, str(steps))
     (output / "steps").mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def main(output: Path, number: int, steps: int) -> int:
 
     tell = functools.partial(print, flush=True)
     try:
-        ray_executor.Ray(workplace, dict(done), Cluster.auto, {}, 2).run(missing, keep, tell)
+        ray_executor.Ray(workplace, dict(done), cluster, {}, 2).run(missing, keep, tell)
     except OSError as error:
         print(f"error: {error}")
         return 1
@@ -84,4 +86,4 @@ def main(output: Path, number: int, steps: int) -> int:
 
 if __name__ == "__main__":
     ray_executor.SECONDS_FOR_HEAD = float(sys.argv[4]) if sys.argv[4:] else ray_executor.SECONDS_FOR_HEAD
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *map(Cluster, sys.argv[5:])))

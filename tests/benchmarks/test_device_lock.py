@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,18 +31,19 @@ WAITS = "another run times on this device; waiting"
 
 @pytest.fixture(autouse=True)
 def _machine(tmp_path, monkeypatch):
-    """A temporary folder of this test's own: no other run is waited for."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    """A folder of this test's own: no other run is waited for."""
+    monkeypatch.setattr(device_lock, "FOLDER", tmp_path)
     monkeypatch.setattr(device_lock, "SECONDS", 0.1)
 
 
 # Another run's timing, as far as the lock goes: it says what it does, and ends with its standard input.
 TIMING = """
-import sys, tempfile
-from benchmarks.device_lock import alone_on
+import sys
+from pathlib import Path
+from benchmarks import device_lock
 
-tempfile.tempdir = sys.argv[1]
-with alone_on("cpu", lambda: print("waits", flush=True)):
+device_lock.FOLDER = Path(sys.argv[1])
+with device_lock.alone_on("cpu", lambda: print("waits", flush=True)):
     print("times", flush=True)
     sys.stdin.read()
 """
@@ -80,6 +80,20 @@ def test_two_processes_time_one_after_the_other(tmp_path, monkeypatch):
     assert not any("without the lock" in note for note in record.notes)
     printed, _ = meanwhile[0].communicate(timeout=30)
     assert printed.endswith("times\n")
+
+
+def test_no_temporary_folder_of_its_own_gives_a_process_a_lock_of_its_own(tmp_path):
+    """Schedulers of clusters set one for each job."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", "from benchmarks.device_lock import FOLDER; print(FOLDER)"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for folder in (tmp_path, tmp_path.parent)
+    ]
+    assert printed[0] == printed[1] != b""
 
 
 def test_other_users_may_take_the_lock(tmp_path):

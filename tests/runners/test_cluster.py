@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import platform
 import random
+import sys
 import threading
 import time
+import types
 
 import psutil
 import pytest
@@ -14,6 +18,7 @@ from safetensors.torch import load_file
 from training_support import SENSITIVE, assert_the_same, curve, job, trained, with_engine
 
 from benchmarks.engine import Context
+from benchmarks.errors import InputError
 from benchmarks.job import Engine, Job, Recipe, SpeedSettings
 from benchmarks.measure import measure
 from results.record import Record
@@ -129,6 +134,26 @@ def test_what_lost_nodes_alone_could_run_is_blocked_after_a_while(two_nodes, mon
     assert found[large.key].reason == "it needs 5 GPUs, and the cluster has 4 (H100): nodes were lost"
 
 
+def test_a_machine_that_cannot_run_jobs_is_named(two_nodes, monkeypatch):
+    """One line, whatever is wrong there: a folder that it may not write, code that it has not."""
+
+    def without_rights(job, workplace):
+        raise PermissionError(errno.EACCES, "Permission denied", "/mounted/output")
+
+    monkeypatch.setattr(ray_executor, "run_job", without_rights)
+    start = f"the machine {platform.node()} cannot run train test_mit"
+    with pytest.raises(InputError, match=f"^{start}.*: /mounted/output: Permission denied; mount the same folder"):
+        two_nodes([small(0, recipe=Recipe())])
+    only_here = types.ModuleType("only_here")
+    exec("def run_job(job, workplace): pass", vars(only_here))
+    monkeypatch.setitem(sys.modules, "only_here", only_here)
+    monkeypatch.setattr(ray_executor, "run_job", only_here.run_job)
+    with pytest.raises(
+        InputError, match=rf"^{start}.*: ModuleNotFoundError: No module named 'only_here'; install[^\n]*$"
+    ):
+        two_nodes([small(0, recipe=Recipe())])
+
+
 def test_a_group_on_two_nodes_trains_as_one_process_does(two_nodes, tmp_path):
     """And says how far it is, wherever its first process is."""
     three = with_engine(job("classification"), Engine(processes=3), **SENSITIVE, iterations=8, batch_size=6)
@@ -193,12 +218,14 @@ GROUP = ["suite.benchmarks.classification.recipe.batch_size=10", "suite.benchmar
         (
             True,
             ["suite.speed.device=cuda", "suite.speed.gpu_type=H200", "stages=[speed]"],
-            "speed test_mit (classification) needs a GPU of the type H200, and the cluster has 4 (H100)",
+            "speed test_mit (classification) needs a GPU of the type H200, and the cluster has 4 (H100); "
+            "change suite.speed.device=cuda and suite.speed.gpu_type=H200, or add nodes (",
         ),
         (
             False,
             ["suite.benchmarks.classification.recipe.engine.processes=5", *GROUP, "stages=[train]"],
-            "train test_mit (classification) needs 5 GPUs, and the cluster has 4 (H100)",
+            "train test_mit (classification) needs 5 GPUs, and the cluster has 4 (H100); "
+            "change recipe.engine.processes=5, or add nodes (",
         ),
     ],
 )
@@ -210,7 +237,7 @@ def test_gpus_that_the_cluster_has_not(plan, overrides, said, address, monkeypat
     arguments = command_line.command("models=[test_mit]", "cluster=auto", f"plan={plan}", *overrides)[2:]
     assert run.main(arguments) == 1
     printed, error = capsys.readouterr()
-    assert error.startswith(f"error: {said}; ")
+    assert error.startswith(f"error: {said}")
     assert len(error.strip().splitlines()) == 1
     assert ("needs" in printed) == plan
     assert not (command_line.output / "ledger").exists()

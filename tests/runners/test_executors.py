@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import io
 import os
+import platform
 import time
 
 import psutil
 import pytest
+from rich.console import Console
+from tests_support import configuration
 
-from benchmarks.errors import WorkerLost
+from benchmarks.errors import InputError, WorkerLost
 from benchmarks.job import Job, Recipe, SpeedSettings
 from results.ledger import Ledger
 from results.record import Record
-from runners import executors, ray_executor
+from runners import execute, executors, ray_executor, session
 from runners.config import Cluster
 from runners.execute import Workplace, explain, make_record
 from runners.placement import Node
@@ -66,7 +71,7 @@ def test_what_is_in_the_ledger_counts_as_done():
     assert [ready.key for ready in queue.ready()] == [second.key]
 
 
-def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
+def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch, capfd):
     """Its first place is a node that is gone, of which Ray tells: no death, since it never began there."""
     look, looks = ray_executor.alive_nodes, []
 
@@ -77,15 +82,25 @@ def test_a_worker_that_always_dies_is_a_failed_record(workplace, monkeypatch):
     def die(job, workplace):
         with open(workplace.output / "starts", "a") as starts:
             starts.write("x")
+        workplace.progress(job.key).touch()
         os._exit(1)
 
-    workplace.output.mkdir()
+    def tell(message):
+        told.append(message)
+        assert not workplace.progress(job().key).exists()
+
+    told = []
+    workplace.progress("").parent.mkdir(parents=True)
     monkeypatch.setattr(ray_executor, "run_job", die)
     monkeypatch.setattr(ray_executor, "alive_nodes", look_too_early)
     monkeypatch.setattr(executors, "RETRIES", 1)
     done = []
-    ray(workplace).run([job()], lambda record, messages: done.append(record))
+    ray(workplace).run([job()], lambda record, messages: done.append(record), tell)
     assert [record.status for record in done] == ["failed"]
+    assert len(told) == 1
+    assert told[0].startswith(f"{job().title}: its worker died (")
+    assert told[0].endswith("); going on from its last checkpoint (retry 1 of 1)")
+    assert "raylet" not in "".join(capfd.readouterr())
     assert "its worker died 2 times" in done[0].reason
     assert (workplace.output / "starts").read_text() == "xx"
     assert Ledger(workplace.ledger).get(job().key) == done[0]
@@ -105,6 +120,21 @@ def test_an_error_of_the_disk_comes_through_as_it_was(workplace, monkeypatch):
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "/somewhere/record.json")
     assert type(error.value) is OSError
     assert (workplace.output / "starts").read_text() == "x" * (1 + executors.RETRIES)
+
+
+def test_a_machine_that_does_not_share_the_output_folder_writes_nothing_there(workplace, monkeypatch, tmp_path):
+    """It has none, or one of its own; nothing is tried again, and the run says which machine."""
+    monkeypatch.setattr(execute, "SECONDS_TO_SEE", 0.0)
+    marked = workplace.marked()
+    assert marked.marked() == marked
+    marked.check()
+    elsewhere = dataclasses.replace(marked, output=tmp_path / "elsewhere")
+    for _ in ("none", "its own"):
+        with pytest.raises(OSError, match=f"{platform.node()} does not see this folder") as error:
+            executors.Inline(elsewhere, {}).run([job()], lambda record, messages: None)
+        assert error.value.filename == str(elsewhere.output)
+        assert not elsewhere.ledger.exists()
+        dataclasses.replace(elsewhere, mark=None).marked()
 
 
 def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monkeypatch):
@@ -128,6 +158,31 @@ def test_a_group_that_always_loses_a_process_is_a_failed_record(workplace, monke
     assert workplace.output / done[1].artifacts["log"] == log
     assert done[1].reason == "its worker died 4 times (process 1 of its group died (signal 9))"
     assert Ledger(workplace.ledger).get(job().key) == done[1]
+
+
+@pytest.mark.parametrize("log", [None, "jobs/it/log.txt"])
+def test_a_failed_job_names_its_log_where_it_has_one(log, tmp_path):
+    printed = io.StringIO()
+    settings = configuration("suite=demo", "stages=[cost]", f"output={tmp_path}")
+    run = session.Session(settings, "test", Console(file=printed, width=100), 0.0)
+    run.jobs = [job()]
+    run.records[job().key] = make_record(job(), "failed", "no luck", artifacts={"log": log} if log else {})
+    assert run._close(computed=1) == session.INCOMPLETE
+    (said,) = (line for line in printed.getvalue().splitlines() if line.startswith("Failed: "))
+    assert said.endswith(f"no luck; its log: {tmp_path}/{log}" if log else "no luck")
+
+
+def test_gpus_that_this_machine_has_not_are_said_with_the_setting_that_asks_for_them(tmp_path):
+    settings = configuration("suite=demo", "executor=ray", f"output={tmp_path}")
+    run = session.Session(settings, "test", Console(file=io.StringIO()), 0.0)
+    run.nodes = [Node("here", cpus=4)]
+    timed = job("speed", speed=SpeedSettings(device="cuda"), recipe=None)
+    with pytest.raises(InputError) as error:
+        run._check_places([job(), timed])
+    assert str(error.value) == (
+        "speed test_mit (classification) needs a GPU, and this machine has none; change suite.speed.device=cuda, or "
+        "run on a cluster with cluster=auto (plan=true shows all needs)"
+    )
 
 
 def counts(sizes) -> list[Job]:

@@ -350,6 +350,29 @@ def test_twenty_kills(tmp_path, request, what):
     assert refused or kills["disk"] < 3  # a short one may meet jobs that write nothing just then
 
 
+@pytest.mark.long
+def test_a_killed_head_of_a_runs_own_cluster_ends_all_of_it(tmp_path):
+    """Nothing that Ray started there outlives the run."""
+    run = subprocess.Popen(
+        [sys.executable, light_jobs.__file__, str(tmp_path), "2", "0", "40", "local"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: list(tmp_path.glob("steps/*.log")))
+    started = psutil.Process(run.pid).children(recursive=True)
+    (head,) = (process for process in started if process.name() == "gcs_server")
+    head.kill()
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 1
+    (said,) = errors.strip().splitlines()
+    assert said.startswith("error: the head of this run's own Ray (127.0.0.1:")
+    assert said.endswith("for 5 s; finished jobs are kept, and the same command continues")
+    assert len(started) > 4
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
+
+
 def test_a_killed_head_ends_the_run_with_one_line(nodes, tmp_path):
     """The last test here, since it is the head of all. What was done is kept, as after the death of the run."""
     command = [sys.executable, light_jobs.__file__, str(tmp_path), "2", "0", "2"]

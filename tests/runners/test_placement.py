@@ -142,10 +142,14 @@ def test_shares_of_a_gpu_fill_one_before_the_next():
     assert schedule.rooms["a"].cpus == 16
 
 
-def test_no_gpu_idles_for_want_of_cpus():
-    schedule = placed({str(number): Needs(cpus=8, gpus=1.0) for number in range(4)}, [Node("a", 6, 4)])
-    assert len(schedule.running) == 4
-    assert sum(share.cpus for placement, _ in schedule.running.values() for share in placement) == 6
+@pytest.mark.parametrize(("cpus", "gpus"), [(6, 4), (64, 6), (40, 6), (8, 3), (2, 3)])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_no_gpu_idles_for_want_of_cpus(cpus, gpus, share):
+    jobs = round(gpus / share)
+    schedule = placed({str(number): Needs(cpus=32, gpus=share) for number in range(jobs)}, [Node("a", cpus, gpus)])
+    assert len(schedule.running) == jobs
+    taken = sum(share.cpus for placement, _ in schedule.running.values() for share in placement)
+    assert cpus - 0.001 * jobs <= taken <= cpus
 
 
 def test_timings_have_a_node_or_a_device_to_themselves_and_come_first():
@@ -161,6 +165,12 @@ def test_timings_have_a_node_or_a_device_to_themselves_and_come_first():
     assert where == {"cpu": "plain", "gpu": "fast", "training": "fast", "other": "fast"}
     assert len({tuple(devices[0]) for key, (_, devices) in schedule.running.items() if key in ("gpu", "training")}) == 2
     assert list(placed({"long": Needs(seconds=9), "cpu": timed["cpu"]}, [plain]).running) == ["cpu"]
+
+
+def test_timings_on_cpus_are_part_of_the_lower_bound():
+    asked = {str(number): Needs(alone=True, seconds=3) for number in range(5)}
+    found = simulate(asked, dict.fromkeys(asked, ()), [Node("plain", 8), Node("other", 8), Node("small", 4)])
+    assert (found.lower_bound, found.makespan) == (7.5, 9)
 
 
 def test_the_job_that_begins_the_longest_chain_starts_first():

@@ -177,6 +177,8 @@ def test_seeds_repeat_trainings_only():
         ),
         (["suite.benchmarks.classification.head=segformer"], "a classification has no head"),
         (["suite.precision=half"], "unknown precision 'half'"),
+        (["suite.speed.device=gpu"], "demo: speed: unknown device 'gpu'; did you mean cpu"),
+        (["suite.speed.device=cuda:"], "unknown device 'cuda:'; did you mean cuda"),
         (["suite.benchmarks.segmentation.head=bare"], "head=bare has nothing to train"),
         (["suite.benchmarks.segmentation.stages=[costs]"], "segmentation: stages: unknown stage 'costs'"),
         (["suite.benchmarks.segmentation.stages=[evaluate]"], "'evaluate' needs 'train'"),
