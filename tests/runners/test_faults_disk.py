@@ -136,6 +136,8 @@ def test_a_full_disk_is_tried_again_after_longer_and_longer_pauses(job, monkeypa
     assert done == ["done"]
     assert pauses == [2.0, 4.0, 8.0]
     where = f"the disk of {job[1].output} is full (No space left on device)"
+    died = told.pop(1)
+    assert died.endswith("its worker died (killed); going on from its last checkpoint (retry 1 of 3)")
     assert told == [f"{where}; trying again in {pause} s" for pause in (2, 4, 8)]
     errors += [full() for _ in range(4)]
     with pytest.raises(OSError, match="No space left"):

@@ -166,6 +166,7 @@ def test_a_local_cluster_is_on_the_loopback_though_ray_was_imported_before(monke
     addresses = []
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)  # as Ray has it by default
     monkeypatch.setattr(ray, "init", lambda **settings: addresses.append(services.get_node_ip_address()))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")  # both are undone afterwards
     with connected(Cluster.local, 1):
