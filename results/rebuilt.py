@@ -63,9 +63,7 @@ class RebuiltRow:
     row: PaperRow
     cells: Mapping[str, Comparison]
     cost: Record | None = None  # of its network, also where the paper prints no cost
-    unprinted: Mapping[str, Comparison] = field(
-        default_factory=dict
-    )  # costs counted here that the paper does not print
+    unprinted: Mapping[str, Comparison] = field(default_factory=dict)  # costs counted that the paper does not print
 
 
 @dataclass(frozen=True)

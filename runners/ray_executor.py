@@ -25,8 +25,6 @@ from runners.executors import Done, Queue, Tell, Tries, outline, silent, tell_no
 from runners.placement import Node, Placement, Schedule
 
 SECONDS_FOR_NODES = 60.0  # that jobs wait for a node that was lost, before they are blocked
-
-
 SECONDS_FOR_HEAD = 40.0  # that a cluster's head may be out of reach; after 60 Ray ends the process, in its own words
 SECONDS_FOR_OWN_HEAD = 5.0  # the same on this machine, where nothing but its end puts it out of reach
 

@@ -1,10 +1,10 @@
 """HIRI-ViT's structure in front of HRNet, PVTv2 and DaViT (Yao, Li, Pan, Mei; TPAMI 2024), for larger images.
 
 Paper: https://arxiv.org/abs/2403.11999 (section 5.7, Table 9), which does not describe the construction. What its
-parameters and GFLOPs single out is one more stage in front, and all else kept: timm's network loses its own stem; HR-
-stem, HR blocks, a norm and an IRDS come in its place, and its old stages run on the grids that they had at 224 pixels
-(strides 8 to 64). Of 4,320 settings of this form five give all six printed numbers; this one has the HR blocks of HIRI-
-ViT-S.
+parameters and GFLOPs single out is one more stage in front, and all else kept: timm's network loses its own stem;
+HR-stem, HR blocks, a norm and an IRDS come in its place, and its old stages run on the grids that they had at 224
+pixels (strides 8 to 64). Of 4,320 settings of this form five give all six printed numbers; this one has the HR blocks
+of HIRI-ViT-S.
 """
 
 from collections.abc import Callable, Iterator
